@@ -1,0 +1,46 @@
+# Every target sets up what it needs in a virtual environment of its own.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+RUNS ?= runs
+
+.PHONY: demo test soak evaluate bench lint format env clean
+
+demo: $(VENV)/installed  ## train a negative model for the embedded demo, show and judge what it does
+	$(BIN)/python -m selfnpo.train --output_dir $(RUNS)/demo --overwrite
+	$(BIN)/python -m selfnpo.sample --negative $(RUNS)/demo/negative --output $(RUNS)/demo/samples.png --overwrite
+	$(BIN)/python -m selfnpo.evaluate --arms self-npo --num_samples 2000 --guidance_scales 2 3 \
+		--output_dir $(RUNS)/demo/evaluation --overwrite
+
+test: $(VENV)/installed  ## what CI runs
+	$(BIN)/python -m pytest -q
+
+soak: $(VENV)/installed  ## the slow checks: many kills in a row
+	SELFNPO_KILLS=20 $(BIN)/python -m pytest -q tests/test_trainer.py -k killed
+
+evaluate: $(VENV)/installed  ## the README's table: every baseline, fresh rollouts, three fine-tunes
+	$(BIN)/python -m selfnpo.evaluate --arms self-npo fresh random early shuffled --output_dir $(RUNS)/evaluation --overwrite
+
+bench: test  ## speed is never reported on a red test
+	$(BIN)/python -m pytest benchmarks --benchmark-only -q
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+env: $(VENV)/installed  ## versions and kernels, for bug reports
+	$(BIN)/python -m selfnpo.env
+
+clean:
+	rm -rf $(VENV) build *.egg-info selfnpo_kernels/*.so
+
+$(VENV)/installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "selfnpo needs Python 3.10 or newer, this is " + sys.version'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

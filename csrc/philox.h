@@ -1,0 +1,102 @@
+// Philox4x32-10 and Box-Muller over blocks of counters; the specification is selfnpo_kernels/philox.py.
+//
+// Everything is written as short branch-free loops over arrays, which compilers turn into vector code. Floating-point
+// contraction is off (CMakeLists.txt), so every instruction set computes the same bits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include <cmath>
+
+namespace selfnpo {
+
+// Counters per block: enough to fill any vector unit, few enough to stay in the first-level cache.
+constexpr int kBlock = 256;
+
+struct CounterBlock {
+    uint32_t word[4][kBlock];  // element / 4, step, site, sample id; overwritten by the output words
+};
+
+inline void philox_4x32(CounterBlock& block, uint64_t seed) {
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+        for (int i = 0; i < kBlock; ++i) {
+            const uint64_t product0 = uint64_t{0xD2511F53} * block.word[0][i];
+            const uint64_t product1 = uint64_t{0xCD9E8D57} * block.word[2][i];
+            block.word[0][i] = static_cast<uint32_t>(product1 >> 32) ^ block.word[1][i] ^ key0;
+            block.word[1][i] = static_cast<uint32_t>(product1);
+            block.word[2][i] = static_cast<uint32_t>(product0 >> 32) ^ block.word[3][i] ^ key1;
+            block.word[3][i] = static_cast<uint32_t>(product0);
+        }
+        key0 += 0x9E3779B9;
+        key1 += 0xBB67AE85;
+    }
+}
+
+inline float bits_to_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+// Natural logarithm of a normal positive float, within 1 ulp: x = m 2^e with m in [sqrt(1/2), sqrt(2)), then the Cephes
+// polynomial of log(1 + f).
+inline float log_positive(float x) {
+    const uint32_t offset = float_to_bits(x) - 0x3F3504F3u;
+    const float e = static_cast<float>(static_cast<int32_t>(offset) >> 23);
+    const float f = bits_to_float((offset & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
+    const float f2 = f * f;
+    float p = 7.0376836292e-2f;
+    p = p * f - 1.1514610310e-1f;
+    p = p * f + 1.1676998740e-1f;
+    p = p * f - 1.2420140846e-1f;
+    p = p * f + 1.4249322787e-1f;
+    p = p * f - 1.6668057665e-1f;
+    p = p * f + 2.0000714765e-1f;
+    p = p * f - 2.4999993993e-1f;
+    p = p * f + 3.3333331174e-1f;
+    const float tail = p * f * f2 + e * -2.12194440e-4f - 0.5f * f2;
+    return f + tail + e * 0.693359375f;
+}
+
+// Sine and cosine of an angle in [-pi, pi], within 1 ulp of the result's scale: the nearest multiple of pi/2 is taken away
+// in three exact pieces, Cephes polynomials do the rest.
+inline void sin_cos(float angle, float& sine, float& cosine) {
+    const float rounded = angle * 0.636619772f + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the nearest integer
+    const uint32_t quadrant = float_to_bits(rounded);
+    const float j = rounded - 12582912.0f;
+    const float r = ((angle - j * 1.5703125f) - j * 4.83751296997e-4f) - j * 7.54978995489e-8f;
+    const float r2 = r * r;
+    const float s = ((-1.9515295891e-4f * r2 + 8.3321608736e-3f) * r2 - 1.6666654611e-1f) * r2 * r + r;
+    const float c = ((2.443315711809948e-5f * r2 - 1.388731625493765e-3f) * r2 + 4.166664568298827e-2f) * r2 * r2 -
+                    0.5f * r2 + 1.0f;
+    const uint32_t odd = 0u - (quadrant & 1u);  // all ones where sine and cosine trade places
+    const uint32_t s_bits = float_to_bits(s), c_bits = float_to_bits(c);
+    sine = bits_to_float(((s_bits & ~odd) | (c_bits & odd)) ^ ((quadrant & 2u) << 30));
+    cosine = bits_to_float(((c_bits & ~odd) | (s_bits & odd)) ^ (((quadrant + 1u) & 2u) << 30));
+}
+
+// The four normals of every counter: normal[4 i .. 4 i + 3].
+inline void box_muller(const CounterBlock& block, float* normal) {
+    for (int pair = 0; pair < 2; ++pair) {
+        for (int i = 0; i < kBlock; ++i) {
+            const float uniform = static_cast<float>(block.word[2 * pair][i]) * 0x1p-32f + 0x1p-33f;
+            const float angle = static_cast<float>(static_cast<int32_t>(block.word[2 * pair + 1][i])) *
+                                static_cast<float>(3.14159265358979323846 * 0x1p-31);
+            const float radius = std::sqrt(-2.0f * log_positive(uniform));
+            float sine, cosine;
+            sin_cos(angle, sine, cosine);
+            normal[4 * i + 2 * pair] = radius * cosine;
+            normal[4 * i + 2 * pair + 1] = radius * sine;
+        }
+    }
+}
+
+}  // namespace selfnpo

@@ -1,0 +1,1 @@
+"""Self-NPO: negative models for classifier-free guidance from a diffusion model's own truncated rollouts."""

@@ -1,0 +1,30 @@
+"""Command lines: typed arguments in, one sentence and exit code 2 out when something is wrong."""
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+
+from selfnpo.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def parse(config_type: type[Config], args: Sequence[str] | None = None, default: Config | None = None) -> Config:
+    """Command-line arguments as a dataclass, flags written as the fields are; exits with code 2 and a hint on bad ones."""
+    return tyro.cli(config_type, args=args, default=default, use_underscores=True)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a command and exit with its code: 2 for a user's mistake, 130 when interrupted, never a traceback for either."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing further was written", file=sys.stderr)
+        code = 128 + signal.SIGINT
+    sys.exit(code)

@@ -1,0 +1,140 @@
+"""python -m selfnpo.evaluate: what negative models change on the demo, over a sweep of w, with baselines and errors."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import ModelMixin
+
+from selfnpo.checkpoint import write_text
+from selfnpo.cli import parse, run
+from selfnpo.config import TrainConfig
+from selfnpo.env import cpu_name, describe
+from selfnpo.errors import UserError
+from selfnpo.models import DEMO, PretrainedModel, load_negative, load_pretrained
+from selfnpo.output import prepare_output
+from selfnpo.trainer import Trainer
+from selfnpo.world import report
+from selfnpo.world.base import train_base
+from selfnpo.world.baselines import ShuffledLabels, random_perturbation
+from selfnpo.world.data import Split, halves
+from selfnpo.world.evaluation import SELF_NPO, Evaluation, evaluate
+from selfnpo.world.metrics import Metrics
+
+Arm = Literal["self-npo", "fresh", "early", "random", "shuffled"]
+RESULTS = ("evaluation.json", "evaluation.md", "precision_recall.png")
+EARLY_STEPS = 600  # of the base's 3,000
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Compare negative models with plain guidance on the embedded demo."""
+
+    output_dir: Path = Path("runs/evaluation")
+    """Where the table and the plot are written."""
+    overwrite: bool = False
+    """Replace the results of an earlier evaluation in output_dir."""
+    negative: Path | None = None
+    """A trained negative to evaluate; without it one is fine-tuned per seed with the default settings."""
+    arms: tuple[Arm, ...] = ("self-npo", "random", "early", "shuffled")
+    """Negative models beside no guidance and plain guidance."""
+    guidance_scales: tuple[float, ...] = (1.5, 2.0, 3.0)
+    """w + 1."""
+    num_samples: int = 5000
+    """Samples per arm, guidance scale and seed."""
+    seeds: tuple[int, ...] = (10, 11, 12)
+    """One replicate each. Settings were chosen with seeds 0 and 1."""
+    pretrained_model_name_or_path: str = DEMO
+    """The base model."""
+    split: Split = "final"
+    """final: judges from half B. development: judges from half A, for a base made with
+    python -m selfnpo.world.base --split development."""
+
+
+def check(config: EvaluateConfig) -> None:
+    if not 200 <= config.num_samples <= 100_000:
+        raise UserError(f"num_samples is {config.num_samples}; expected a value from 200 to 100000")
+    if not config.guidance_scales or not all(1 < scale <= 100 for scale in config.guidance_scales):
+        raise UserError(f"guidance_scales is {config.guidance_scales}; expected values above 1 and up to 100, such as 2 3")
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
+        raise UserError(f"seeds is {config.seeds}; expected different non-negative integers, such as 10 11 12")
+
+
+def negatives(config: EvaluateConfig, base: PretrainedModel, given: ModelMixin | None) -> Iterator[dict[str, ModelMixin]]:
+    """For each seed its negative models; what needs training is trained when its turn comes."""
+    early = train_base(config.split, EARLY_STEPS, seed=0) if "early" in config.arms else None
+    digits, _ = halves(config.split)
+    for seed in config.seeds:
+        settings = TrainConfig(seed=seed)
+        models = {}
+        if given is not None or {"self-npo", "random"} & set(config.arms):
+            models[SELF_NPO] = given or fine_tune(settings, base)
+        for arm in config.arms:
+            if arm == "fresh":
+                models[arm] = fine_tune(replace(settings, rollout="fresh"), base)
+            elif arm == "early":
+                models[arm] = early
+            elif arm == "random":
+                models[arm] = random_perturbation(base.denoiser, models[SELF_NPO], seed)
+            elif arm == "shuffled":
+                labels = ShuffledLabels(digits, settings.train_batch_size, seed, settings.num_inference_steps)
+                models[arm] = fine_tune(settings, base, labels)
+        yield models
+
+
+def fine_tune(settings: TrainConfig, base: PretrainedModel, rollout: ShuffledLabels | None = None) -> ModelMixin:
+    trainer = Trainer(settings, base, rollout=rollout)
+    if trainer.run() == "interrupted":
+        raise KeyboardInterrupt
+    return trainer.state.model
+
+
+def command(config: EvaluateConfig) -> str:
+    """The command line that means `config`."""
+    flags = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value != field.default and field.name not in ("output_dir", "overwrite"):
+            flags.append(f"--{field.name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return " ".join(("python -m selfnpo.evaluate", *flags))
+
+
+def save(config: EvaluateConfig, evaluation: Evaluation) -> str:
+    """Write JSON, Markdown and plot; returns the Markdown."""
+    output_dir = config.output_dir
+    text = "\n\n".join(
+        (
+            "# Negative models on the digits",
+            report.explain(evaluation, one_negative=config.negative is not None),
+            report.table(evaluation),
+            report.difference_table(evaluation),
+            report.verdict(evaluation),
+            report.best(evaluation),
+            report.CAVEATS,
+            f"Made with `{command(config)}` on {cpu_name()}, torch {torch.__version__}.\n",
+        )
+    )
+    write_text(output_dir / "evaluation.md", text)
+    content = {"command": command(config), "environment": describe(), "values": evaluation.values}
+    write_text(output_dir / "evaluation.json", json.dumps(content, indent=1))
+    report.save_precision_recall(evaluation, output_dir / "precision_recall.png")
+    return text
+
+
+def main(config: EvaluateConfig) -> None:
+    check(config)
+    base = load_pretrained(config.pretrained_model_name_or_path)
+    given = load_negative(config.negative, base) if config.negative else None
+    prepare_output(config.output_dir, RESULTS, config.overwrite)
+    _, held_out = halves(config.split)
+    models = negatives(config, base, given)
+    evaluation = evaluate(base, Metrics(held_out), models, config.seeds, config.guidance_scales, config.num_samples)
+    print(save(config, evaluation))
+    print(f"written to {config.output_dir}")
+
+
+if __name__ == "__main__":
+    run(lambda: main(parse(EvaluateConfig)))

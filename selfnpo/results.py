@@ -1,0 +1,102 @@
+"""What a finished run leaves behind: the negative model, its cost, and for the demo what it changed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selfnpo.checkpoint import committed_folder, write_text
+from selfnpo.env import cpu_name
+from selfnpo.picture import save_comparison
+from selfnpo.sampling import ddim_sample, start_noise
+from selfnpo.state import TrainState
+from selfnpo.world import report
+from selfnpo.world.data import halves
+from selfnpo.world.evaluation import CFG, NONE, SELF_NPO, evaluate
+from selfnpo.world.metrics import Metrics
+
+RESULTS = ("negative", "config.yaml", "metrics.json", "log.jsonl", "comparison.png", "report.md", "tensorboard")
+
+
+def save_negative(state: TrainState) -> Path:
+    """The student as a diffusers model folder."""
+    folder = state.config.output_dir / "negative"
+    with committed_folder(folder) as partial:
+        state.model.save_pretrained(partial)
+    return folder
+
+
+def cost(state: TrainState) -> dict[str, Any]:
+    samples = state.step * state.config.train_batch_size
+    return {
+        "steps": state.step,
+        "samples": samples,
+        "seconds": state.seconds,
+        "samples_per_second": samples / state.seconds,
+        "reference_evaluations_per_sample": state.reference_evaluations / samples,
+        "relative_delta": state.relative_delta(),
+        "device": f"{cpu_name()}, torch {torch.__version__}",
+    }
+
+
+def save_metrics(state: TrainState, status: str, quality: dict[str, Any] | None = None) -> None:
+    """metrics.json; without `quality` the samples were not judged."""
+    content = {"status": status, "cost": cost(state), "quality": quality}
+    write_text(state.config.output_dir / "metrics.json", json.dumps(content, indent=1))
+
+
+def demo_report(state: TrainState, status: str) -> str:
+    """Sample with and without the negative, judge both, and write comparison.png, report.md and the quality in metrics.json.
+
+    Returns the verdict in sentences.
+    """
+    output_dir, base = state.config.output_dir, state.base
+    _, held_out = halves()
+    seeds = (10, 11, 12)
+    evaluation = evaluate(
+        base,
+        Metrics(held_out),
+        [{SELF_NPO: state.model}] * len(seeds),
+        seeds,
+        guidance_scales=(2.0, 3.0),
+        num_samples=2000,
+    )
+    labels = torch.arange(60) % base.num_conditions
+    noise = start_noise(base, len(labels), state.config.seed)
+    real = torch.stack([held_out.images[held_out.labels == label][:6] for label in range(10)], dim=1).flatten(0, 1)
+    panels = [("real digits, held out", real)]
+    for arm, scale, negative in ((NONE, 1.0, None), (CFG, 3.0, None), (SELF_NPO, 3.0, state.model)):
+        title = report.panel_title(evaluation, arm, scale)
+        panels.append((title, ddim_sample(base, noise, labels, scale, negative)))
+    caption = "equal positions of the generated digits start from equal noise; columns ask for 0 to 9"
+    save_comparison(output_dir / "comparison.png", panels, base.num_conditions, caption)
+    verdict = report.verdict(evaluation)
+    save_metrics(state, status, evaluation.values)
+    write_text(
+        output_dir / "report.md",
+        "\n\n".join(
+            (
+                "# Self-NPO on the digits",
+                _cost_sentence(state, status),
+                "![samples](comparison.png)",
+                verdict,
+                report.explain(evaluation, one_negative=True),
+                report.table(evaluation),
+                report.difference_table(evaluation),
+                report.best(evaluation),
+                report.CAVEATS,
+            )
+        ),
+    )
+    return verdict
+
+
+def _cost_sentence(state: TrainState, status: str) -> str:
+    spent = cost(state)
+    return (
+        f"Training ended ({status}) after {spent['steps']} steps of {state.config.train_batch_size} samples, "
+        f"{spent['seconds']:.1f} s on {spent['device']} ({spent['samples_per_second']:.0f} samples/s), with "
+        f"{spent['reference_evaluations_per_sample']:.2f} reference evaluations per sample. It moved the weights by "
+        f"{spent['relative_delta']:.2%} of their norm."
+    )

@@ -1,0 +1,48 @@
+"""Sampling with guidance away from a negative model: eps = (w + 1) eps_pos(x, t, c) - w eps_neg(x, t, null)."""
+
+import torch
+from torch import Tensor, nn
+
+from selfnpo.models import PretrainedModel
+from selfnpo.randomness import Site
+from selfnpo.schedule import make_grid, step_rows
+from selfnpo_kernels import guided_step, philox_normal
+
+CHUNK = 1000  # samples per forward pass
+
+
+def start_noise(base: PretrainedModel, count: int, seed: int) -> Tensor:
+    """x_T of `count` samples, the same for every method that is compared: `[count, ...]`."""
+    return philox_normal((count, *base.sample_shape), seed, 0, Site.SAMPLE_NOISE, torch.arange(count))
+
+
+@torch.no_grad()
+def ddim_sample(
+    base: PretrainedModel,
+    noise: Tensor,
+    condition: Tensor,
+    guidance_scale: float,
+    negative_model: nn.Module | None = None,
+    positive_model: nn.Module | None = None,
+    num_inference_steps: int = 25,
+) -> Tensor:
+    """Deterministic DDIM samples `[B, ...]` from `noise` `[B, ...]` under `condition` `[B]`.
+
+    Args:
+        guidance_scale: w + 1; at 1 the negative model is not evaluated.
+        negative_model, positive_model: denoisers of the base's architecture; by default the base itself, which for the
+            negative means plain classifier-free guidance.
+    """
+    positive, negative = positive_model or base.denoiser, negative_model or base.denoiser
+    grid = make_grid(base.scheduler, num_inference_steps)
+    rows, timesteps = step_rows(grid), grid.timesteps.float()
+    finished = []
+    for sample, asked in zip(noise.split(CHUNK), condition.split(CHUNK), strict=True):
+        null = torch.full_like(asked, base.null_condition)
+        for timestep, row in zip(timesteps, rows, strict=True):
+            t = timestep.expand(len(sample))
+            cond = base.predict(positive, sample, t, asked)
+            uncond = None if guidance_scale == 1 else base.predict(negative, sample, t, null)
+            sample, _ = guided_step(sample, cond, uncond, guidance_scale, row.expand(len(sample), -1))
+        finished.append(sample)
+    return torch.cat(finished)

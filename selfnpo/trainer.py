@@ -1,0 +1,210 @@
+"""The training loop: rollout, jump, student, loss, optimizer; log, checkpoint, stop."""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from selfnpo.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    load_latest,
+    prune_checkpoints,
+    save_checkpoint,
+    write_text,
+)
+from selfnpo.config import TrainConfig
+from selfnpo.errors import UserError
+from selfnpo.models import PretrainedModel
+from selfnpo.objective import TruncatedObjective
+from selfnpo.rollout import DataRollout, NoiseRollout, Reference, Rollout, TrajectoryPool
+from selfnpo.schedule import make_grid, make_schedule
+from selfnpo.state import TrainState
+
+
+def make_rollout(config: TrainConfig, base: PretrainedModel) -> Rollout:
+    grid = make_grid(base.scheduler, config.num_inference_steps)
+    reference = Reference(base, grid, config.rollout_guidance_scale)
+    if config.rollout == "pool":
+        return TrajectoryPool(reference, config.train_batch_size, config.seed)
+    if config.rollout == "data":
+        from selfnpo.world.data import halves  # the only data at hand; scikit-learn is slow to import
+
+        digits, _ = halves()
+        return DataRollout(
+            reference,
+            config.train_batch_size,
+            config.seed,
+            grid,
+            digits.images,
+            digits.labels,
+            config.num_rollout_steps,
+        )
+    return NoiseRollout(reference, config.train_batch_size, config.seed, full=config.rollout == "full")
+
+
+class Trainer:
+    """One run. Without an `output_dir` nothing is written and nothing can be resumed."""
+
+    def __init__(
+        self, config: TrainConfig, base: PretrainedModel, output_dir: Path | None = None, rollout: Rollout | None = None
+    ):
+        self.config, self.base, self.output_dir = config, base, output_dir
+        self.state = TrainState.start(config, base, rollout or make_rollout(config, base))
+        self.objective = TruncatedObjective(
+            base,
+            make_schedule(base.scheduler),
+            make_grid(base.scheduler, config.num_inference_steps),
+            kind=config.loss,
+            weighting=config.loss_weighting,
+            huber_c=config.huber_c,
+            condition_dropout=config.condition_dropout,
+            seed=config.seed,
+        )
+        self.parameters = [*self.state.model.parameters()]
+        self.reference_parameters = [*self.state.reference_model.parameters()]
+        self.student: nn.Module = self.state.model
+        self.reference: nn.Module = self.state.reference_model
+        if config.compile:
+            self.student, self.reference = torch.compile(self.student), torch.compile(self.reference)
+        if config.resume_from_checkpoint is not None:
+            latest = config.resume_from_checkpoint == "latest"
+            self.state.restore(
+                *(load_latest(output_dir) if latest else load_checkpoint(Path(config.resume_from_checkpoint)))
+            )
+            self._truncate_log()
+
+    def train_step(self) -> tuple[Tensor, Tensor]:
+        """One step of the whole recipe; (loss, gradient norm), not yet synchronised with the host."""
+        state = self.state
+        with torch.no_grad():
+            batch = state.rollout.draw(self.reference, state.step)
+        loss = self.objective(self.student, batch, state.step)
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.lr_scheduler.step()
+        if self.config.reference_decay < 1:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.reference_parameters, self.parameters, 1 - self.config.reference_decay)
+        state.reference_evaluations += batch.evaluations
+        state.step += 1
+        return loss.detach(), grad_norm
+
+    def run(self) -> str:
+        """Train to the end. Returns why it ended: completed, strength reached or interrupted."""
+        config, state = self.config, self.state
+        losses: list[Tensor] = []
+        started, ending = time.perf_counter() - state.seconds, "completed"
+        with (
+            _interruptible() as interrupted,
+            _log_writer(config, self.output_dir) as log,
+            tqdm(total=config.max_train_steps, initial=state.step, desc="train", unit="step", disable=None) as progress,
+        ):
+            while state.step < config.max_train_steps and ending == "completed":
+                loss, grad_norm = self.train_step()
+                losses.append(loss)
+                progress.update()
+                last = state.step == config.max_train_steps
+                if last or state.step % config.logging_steps == 0:
+                    state.seconds = time.perf_counter() - started
+                    row = self._log_row(losses, grad_norm)
+                    losses.clear()
+                    log(row)
+                    progress.set_postfix(loss=f"{row['loss']:.4f}", moved=f"{row['relative_delta']:.2%}")
+                    if config.max_relative_delta is not None and row["relative_delta"] >= config.max_relative_delta:
+                        ending = "strength reached"
+                if interrupted():
+                    ending = "interrupted"
+                if last or ending != "completed" or state.step % config.checkpointing_steps == 0:
+                    state.seconds = time.perf_counter() - started
+                    self._checkpoint()
+        return ending
+
+    def _log_row(self, losses: list[Tensor], grad_norm: Tensor) -> dict[str, Any]:
+        state = self.state
+        row = {
+            "step": state.step,
+            "loss": torch.stack(losses).mean().item(),
+            "grad_norm": grad_norm.item(),
+            "learning_rate": state.lr_scheduler.get_last_lr()[0],
+            "relative_delta": state.relative_delta(),
+            "reference_evaluations": state.reference_evaluations,
+            "samples_per_second": state.step * self.config.train_batch_size / state.seconds,
+        }
+        if not all(math.isfinite(row[name]) for name in ("loss", "grad_norm", "relative_delta")):
+            raise UserError(
+                f"training diverged by step {state.step} (loss {row['loss']}, gradient norm {row['grad_norm']}); lower "
+                f"learning_rate (now {self.config.learning_rate}); {self._last_checkpoint()}"
+            )
+        return row
+
+    def _last_checkpoint(self) -> str:
+        found = list_checkpoints(self.output_dir) if self.output_dir else []
+        return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was taken before"
+
+    def _checkpoint(self) -> None:
+        if self.output_dir:
+            save_checkpoint(self.output_dir / f"checkpoint-{self.state.step}", self.state.tensors(), self.state.scalars())
+            prune_checkpoints(self.output_dir, self.config.checkpoints_total_limit)
+
+    def _truncate_log(self) -> None:
+        """Drop the lines that the resumed run will write again."""
+        path = self.output_dir / "log.jsonl"
+        if path.is_file():
+            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.state.step]
+            write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+@contextmanager
+def _interruptible() -> Iterator:
+    """Ctrl-C and SIGTERM ask the loop to stop after the current step; a second Ctrl-C stops at once."""
+    received: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: signals are someone else's
+        previous = {}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def _log_writer(config: TrainConfig, output_dir: Path | None) -> Iterator:
+    """Appends rows to log.jsonl and, if asked for, to TensorBoard."""
+    if output_dir is None:
+        yield lambda row: None
+        return
+    board = None
+    if config.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(output_dir / "tensorboard")
+    with (output_dir / "log.jsonl").open("a") as file:
+
+        def write(row: dict[str, Any]) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            for name, value in row.items() if board else ():
+                board.add_scalar(name, value, row["step"])
+
+        yield write
+    if board:
+        board.close()

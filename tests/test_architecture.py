@@ -1,0 +1,67 @@
+"""What the code is allowed to look like."""
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from selfnpo.config import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(path for folder in ("selfnpo", "selfnpo_kernels") for path in (ROOT / folder).rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return found | {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+def test_kernels_know_nothing_of_the_toolkit_and_neither_knows_tests_or_benchmarks():
+    for path in SOURCES:
+        packages = {name.split(".")[0] for name in imports(path)}
+        assert not packages & {"tests", "benchmarks"}, path
+        if "selfnpo_kernels" in path.parts:
+            assert not packages & {"selfnpo", "diffusers", "transformers"}, path
+
+
+def test_the_extension_knows_no_torch():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file():
+            assert not re.search(r"#include\s*[<\"](torch|ATen|c10)", path.read_text()), path
+
+
+def test_only_the_schedule_computes_coefficients():
+    """The trainer knows no formulas: alphas and sigmas are handled where rows are made."""
+    for path in SOURCES:
+        if path.name not in {"schedule.py", "base.py"}:
+            assert "alphas_cumprod" not in path.read_text(), path
+
+
+def test_every_setting_is_read_somewhere():
+    readers = "".join(path.read_text() for path in SOURCES if path.name != "config.py")
+    config = (ROOT / "selfnpo" / "config.py").read_text()
+    for field in dataclasses.fields(TrainConfig):
+        pattern = rf"(config|given|named)\.{field.name}\b"
+        assert re.search(pattern, readers) or (field.name in {"preset", "config"} and re.search(pattern, config)), field.name
+
+
+def test_the_entry_point_stays_small():
+    assert len((ROOT / "selfnpo" / "train.py").read_text().splitlines()) < 80
+
+
+def test_no_pickle_and_no_remote_code():
+    for path in SOURCES:
+        source = path.read_text()
+        assert not re.search(r"torch\.(load|save)\(|pickle|trust_remote_code", source), path
+
+
+@pytest.mark.parametrize("hidden", ["triton", "selfnpo_kernels._C"])
+def test_the_kernels_import_without(hidden):
+    code = f"import sys; sys.modules[{hidden!r}] = None; import selfnpo_kernels; print(selfnpo_kernels.extension.describe())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ("not available" in done.stdout) == (hidden == "selfnpo_kernels._C")
