@@ -45,12 +45,13 @@ def check(config: SampleConfig) -> None:
     for name, low, high in (
         ("alpha", 0, 1),
         ("beta", 0, 1),
-        ("guidance_scale", 1, 100),
         ("num_images", 1, 10_000),
         ("seed", 0, 2**63 - 1),
     ):
         if not low <= getattr(config, name) <= high:
             raise UserError(f"{name} is {getattr(config, name)}; expected a value from {low} to {high}")
+    if not 1 < config.guidance_scale <= 100:
+        raise UserError(f"guidance_scale is {config.guidance_scale}; expected a value above 1, where the negative has a say")
     if config.output.suffix != ".png":
         raise UserError(f"output is {config.output}; expected a file name that ends in .png")
     if config.output.exists() and not config.overwrite:

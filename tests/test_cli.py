@@ -93,6 +93,15 @@ def test_the_demo_judges_its_negative_and_shows_it(tmp_path, monkeypatch, capsys
     assert quality.keys() == {"none", "cfg", "self-npo"}
 
 
+def test_tensorboard_is_optional(tmp_path, monkeypatch, capsys):
+    assert call("train", *QUICK, "--output_dir", tmp_path / "out", "--report_to", "tensorboard", "--logging_steps", 2) == 0
+    assert list((tmp_path / "out" / "tensorboard").glob("events.*"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert call("train", *QUICK, "--output_dir", tmp_path / "other", "--report_to", "tensorboard") == 2
+    assert "pip install 'selfnpo[tensorboard]'" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 def test_sample_writes_a_picture(trained, tmp_path):
     output = tmp_path / "grid.png"
     args = ("--negative", trained / "negative", "--num_images", 20, "--output", output)
@@ -254,7 +263,7 @@ def test_damaged_and_foreign_weights_are_refused(kind, sentence, tmp_path, capsy
     ("command", "args", "sentence"),
     [
         ("sample", ["--beta", "2"], "beta is 2.0; expected a value from 0 to 1"),
-        ("sample", ["--guidance_scale", "0.5"], "guidance_scale is 0.5"),
+        ("sample", ["--guidance_scale", "1"], "guidance_scale is 1.0; expected a value above 1"),
         ("sample", ["--output", "grid.jpg"], "ends in .png"),
         ("sample", ["--output", "no/such/grid.png"], "does not exist"),
         ("sample", ["--num_inference_steps", "7"], "num_inference_steps is 7"),
