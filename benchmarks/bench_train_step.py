@@ -13,7 +13,9 @@ from selfnpo.trainer import Trainer
 @pytest.mark.parametrize("rollout", ["pool", "data", "fresh", "full"])
 def bench_train_step(benchmark, rollout):
     trainer = Trainer(TrainConfig(rollout=rollout), load_pretrained("demo"))
+    trainer.train_step()  # fills the pool
+    filling = trainer.state.reference_evaluations
     benchmark.group = "training step, demo, batch 128"
     benchmark.pedantic(trainer.train_step, warmup_rounds=3, rounds=20)
-    samples = trainer.state.step * trainer.config.train_batch_size
-    benchmark.extra_info["reference_evaluations_per_sample"] = trainer.state.reference_evaluations / samples
+    samples = (trainer.state.step - 1) * trainer.config.train_batch_size
+    benchmark.extra_info["reference_evaluations_per_sample"] = (trainer.state.reference_evaluations - filling) / samples

@@ -36,15 +36,15 @@ class TrainConfig:
 
     seed: int = 0
     """Key of every random number of the run."""
-    max_train_steps: int = 1000
+    max_train_steps: int = 2000
     """Optimizer steps."""
     train_batch_size: int = 128
-    """Samples per step; in pool mode also the number of trajectories."""
-    learning_rate: float = 1e-4
+    """Samples per step."""
+    learning_rate: float = 5e-5
     """Peak learning rate of AdamW."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
     """Course of the learning rate."""
-    lr_warmup_steps: int = 0
+    lr_warmup_steps: int = 100
     """Steps over which the learning rate rises."""
     adam_beta1: float = 0.9
     """AdamW's first decay."""
@@ -59,6 +59,8 @@ class TrainConfig:
 
     rollout: Literal["pool", "fresh", "full", "data"] = "pool"
     """Where training samples come from; see selfnpo/rollout.py."""
+    pool_size: int = 8
+    """Trajectories under way in pool mode, in batches; the more, the less alike consecutive batches are."""
     num_inference_steps: int = 25
     """Points of the DDIM grid of a rollout."""
     num_rollout_steps: int = 5
@@ -97,6 +99,7 @@ _RELEASED_OPTIMIZER = {
     "train_batch_size": 20,
     "learning_rate": 1e-6,
     "lr_scheduler": "constant",
+    "lr_warmup_steps": 0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -166,13 +169,14 @@ def check(config: TrainConfig) -> TrainConfig:
         ("max_train_steps", 1, 10**7),
         ("train_batch_size", 1, 10**5),
         ("learning_rate", 0, 1),
-        ("lr_warmup_steps", 0, config.max_train_steps),
+        ("lr_warmup_steps", 0, 10**7),
         ("adam_beta1", 0, 0.999999),
         ("adam_beta2", 0, 0.999999),
         ("adam_weight_decay", 0, 1),
         ("adam_epsilon", 1e-12, 1),
         ("max_grad_norm", 1e-6, 1e6),
         ("seed", 0, 2**63 - 1),
+        ("pool_size", 1, 10**4),
         ("num_inference_steps", 2, 1000),
         ("num_rollout_steps", 1, config.num_inference_steps - 1),
         ("rollout_guidance_scale", 0, 100),

@@ -1,14 +1,13 @@
 """Rollouts of the reference model, truncated at some time t: where training samples come from.
 
     name    starts from                    stops at                  reference evaluations per sample
-    pool    wherever its trajectory is     after one step            1
+    pool    wherever its trajectory is     after one step            1, and some before the first step
     fresh   noise                          a random grid point       1 .. N, (N + 1) / 2 on average
     full    noise                          the clean sample          N
     data    a noised real image            K steps later             K + 1, fewer near the end
 
-A `pool` trajectory advances by one step per training step; the evaluation that advances it is also its Tweedie target. A
-trajectory that reaches the end restarts from fresh noise under a new condition. Trajectories restart at staggered steps,
-so that after one sweep of the grid every time is equally present in every batch.
+The evaluation that advances a `pool` trajectory by one step is also its Tweedie target. A trajectory that reaches the end
+restarts from fresh noise under a new condition.
 
 Positions index the sampling grid: 0 is the noisiest point, N the clean end. An evaluation is one guided evaluation of one
 sample; it costs two rows of a batch where the guidance scale is neither 0 nor 1.
@@ -19,6 +18,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from selfnpo.models import PretrainedModel
 from selfnpo.randomness import Site, draw_index
@@ -53,13 +53,25 @@ class Reference:
         """Take every sample from grid position `start` to `stop` `[B]`, evaluate it there, and never after."""
         length = stop - start
         order = length.argsort(descending=True)  # so that the samples still under way are always the first ones
-        sample, start, condition = sample[order], start[order], condition[order]
-        target = torch.empty_like(sample)
+        first, asked = start[order], condition[order]
+        sample, target = sample[order], torch.empty_like(sample)
         for k in range(int(length.max()) + 1):
             under_way, moving_on = int((length >= k).sum()), int((length > k).sum())
-            prev, target[:under_way] = self.step(denoiser, sample[:under_way], start[:under_way] + k, condition[:under_way])
+            prev, target[:under_way] = self.step(denoiser, sample[:under_way], first[:under_way] + k, asked[:under_way])
             sample[:moving_on] = prev[:moving_on]
-        return Truncated(sample, target, stop[order], condition, int((length + 1).sum()))
+        back = order.argsort()
+        return Truncated(sample[back], target[back], stop, condition, int((length + 1).sum()))
+
+
+def draw_noise(reference: Reference, seed: int, step: int, ids: Tensor) -> Tensor:
+    """x_T of the trajectories `ids` `[B]`."""
+    zeros = torch.zeros(len(ids), *reference.base.sample_shape)
+    return forward_jump(zeros, torch.tensor([[0.0, 1.0]]).repeat(len(ids), 1), seed, step, ids, Site.START_NOISE)
+
+
+def draw_condition(reference: Reference, seed: int, step: int, ids: Tensor) -> Tensor:
+    """The conditions that the trajectories `ids` `[B]` follow."""
+    return draw_index(0, reference.base.num_conditions, seed, step, Site.CONDITION, ids)
 
 
 class Rollout(Protocol):
@@ -71,25 +83,45 @@ class Rollout(Protocol):
 
 
 class TrajectoryPool:
-    """B trajectories under way. Their samples are all the state there is: everything else follows from the step."""
+    """`pool_size` batches of trajectories under way, advanced in turn, so that consecutive batches share no trajectory.
 
-    def __init__(self, reference: Reference, batch_size: int, seed: int):
+    Every batch holds every time of the grid, as evenly as its size allows. Before the first step all trajectories are taken
+    to their places, at (N + 1) / 2 evaluations each. The samples are all the state there is: everything else follows from
+    the step.
+    """
+
+    def __init__(self, reference: Reference, batch_size: int, seed: int, pool_size: int):
         self.reference, self.seed = reference, seed
-        self.tensors = {"sample": torch.zeros(batch_size, *reference.base.sample_shape)}
         self.length = len(reference.timesteps)
-        self.stagger = torch.arange(batch_size) * self.length // batch_size
+        self.slots = torch.arange(pool_size * batch_size).reshape(batch_size, pool_size).T
+        self.first_position = self.slots * self.length // self.slots.numel()
+        self.tensors = {"sample": torch.zeros(pool_size, batch_size, *reference.base.sample_shape)}
 
     def draw(self, denoiser: nn.Module, step: int) -> Truncated:
-        sample = self.tensors["sample"]
-        generation, position = (step + self.stagger) // self.length, (step + self.stagger) % self.length
-        position = torch.where(generation == 0, step, position)  # before its first restart it has run since step 0
-        ids = generation * len(sample) + torch.arange(len(sample))
-        condition = draw_index(0, self.reference.base.num_conditions, self.seed, 0, Site.CONDITION, ids)
+        filling = self._fill(denoiser) if step == 0 else 0
+        turn, batch = divmod(step, len(self.slots))
+        age = self.first_position[batch] + turn
+        generation, position = age // self.length, age % self.length
+        ids = generation * self.slots.numel() + self.slots[batch]
+        condition = draw_condition(self.reference, self.seed, 0, ids)
         # (0, 1) puts fresh noise in the place of a finished trajectory, (1, 0) leaves the others as they are.
         restart = (position == 0).float()
-        sample = forward_jump(sample, torch.stack((1 - restart, restart), dim=1), self.seed, 0, ids, Site.START_NOISE)
-        self.tensors["sample"], target = self.reference.step(denoiser, sample, position, condition)
-        return Truncated(sample, target, position, condition, len(sample))
+        rows = torch.stack((1 - restart, restart), dim=1)
+        sample = forward_jump(self.tensors["sample"][batch], rows, self.seed, 0, ids, Site.START_NOISE)
+        self.tensors["sample"][batch], target = self.reference.step(denoiser, sample, position, condition)
+        return Truncated(sample, target, position, condition, filling + len(sample))
+
+    def _fill(self, denoiser: nn.Module) -> int:
+        """Take every trajectory to its first position; returns the evaluations spent."""
+        evaluations = 0
+        batches = zip(self.tensors["sample"], self.slots, self.first_position, strict=True)
+        for sample, ids, position in tqdm(batches, desc="fill pool", total=len(self.slots), leave=False, disable=None):
+            noise = draw_noise(self.reference, self.seed, 0, ids)
+            condition = draw_condition(self.reference, self.seed, 0, ids)
+            rolled = self.reference.roll(denoiser, noise, torch.zeros_like(position), position, condition)
+            sample.copy_(rolled.sample)
+            evaluations += rolled.evaluations
+        return evaluations
 
 
 class NoiseRollout:
@@ -102,9 +134,8 @@ class NoiseRollout:
 
     def draw(self, denoiser: nn.Module, step: int) -> Truncated:
         length, ids = len(self.reference.timesteps), self.ids
-        condition = draw_index(0, self.reference.base.num_conditions, self.seed, step, Site.CONDITION, ids)
-        zeros = torch.zeros(len(ids), *self.reference.base.sample_shape)
-        noise = forward_jump(zeros, torch.tensor([[0.0, 1.0]]).repeat(len(ids), 1), self.seed, step, ids, Site.START_NOISE)
+        condition = draw_condition(self.reference, self.seed, step, ids)
+        noise = draw_noise(self.reference, self.seed, step, ids)
         stop = torch.full_like(ids, length - 1) if self.full else draw_index(0, length, self.seed, step, Site.STOP, ids)
         batch = self.reference.roll(denoiser, noise, torch.zeros_like(ids), stop, condition)
         if self.full:

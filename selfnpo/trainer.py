@@ -34,7 +34,7 @@ def make_rollout(config: TrainConfig, base: PretrainedModel) -> Rollout:
     grid = make_grid(base.scheduler, config.num_inference_steps)
     reference = Reference(base, grid, config.rollout_guidance_scale)
     if config.rollout == "pool":
-        return TrajectoryPool(reference, config.train_batch_size, config.seed)
+        return TrajectoryPool(reference, config.train_batch_size, config.seed, config.pool_size)
     if config.rollout == "data":
         from selfnpo.world.data import halves  # the only data at hand; scikit-learn is slow to import
 

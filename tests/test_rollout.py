@@ -58,31 +58,37 @@ def plain_trajectory(model, noise, steps=N):
 
 
 @torch.no_grad()
-def test_a_pool_walks_plain_trajectories_and_restarts_them_at_staggered_steps(model):
-    pool = TrajectoryPool(reference(model), BATCH, SEED)
-    seen = []
-    for step in range(3 * N):
+@pytest.mark.parametrize("pool_size", [1, 3])
+def test_a_pool_walks_plain_trajectories_batch_by_batch(model, pool_size):
+    pool = TrajectoryPool(reference(model), BATCH, SEED, pool_size)
+    for step in range(2 * N * pool_size):
         batch = pool.draw(model.denoiser, step)
-        seen.append(batch.position.tolist())
+        turn, index = divmod(step, pool_size)
         for member in range(BATCH):
-            generation = (step + int(pool.stagger[member])) // N
-            states, estimates = plain_trajectory(model, start_noise(torch.tensor([generation * BATCH + member])))
-            position = int(batch.position[member])
+            slot, position = int(pool.slots[index, member]), int(batch.position[member])
+            generation, expected = divmod(int(pool.first_position[index, member]) + turn, N)
+            assert position == expected
+            ids = torch.tensor([generation * BATCH * pool_size + slot])
+            states, estimates = plain_trajectory(model, start_noise(ids))
             torch.testing.assert_close(batch.sample[member : member + 1], states[position], rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(batch.target[member : member + 1], estimates[position], rtol=1e-5, atol=1e-5)
-    assert seen[0] == [0] * BATCH
-    # After one sweep every batch holds every time, as evenly as the batch size allows.
-    assert all(max(map(row.count, range(N))) - min(map(row.count, range(N))) <= 1 for row in seen[N:])
+        counts = batch.position.bincount(minlength=N)
+        assert counts.max() - counts.min() <= 1  # every batch holds every time, as evenly as its size allows
+    assert pool.slots.flatten().sort().values.equal(torch.arange(BATCH * pool_size))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("guidance_scale", "rows"), [(0.0, 1), (1.0, 1), (2.0, 2)])
 def test_a_pool_costs_one_evaluation_per_sample(model, guidance_scale, rows):
     counting = Counting(model.denoiser)
-    pool = TrajectoryPool(reference(model, guidance_scale), BATCH, SEED)
-    evaluations = sum(pool.draw(counting, step).evaluations for step in range(10))
-    assert evaluations == 10 * BATCH
-    assert counting.rows == rows * 10 * BATCH
+    pool = TrajectoryPool(reference(model, guidance_scale), BATCH, SEED, pool_size=2)
+    filled_and_drawn = pool.draw(counting, 0).evaluations
+    assert filled_and_drawn == 2 * BATCH * (N + 1) // 2 + BATCH
+    assert counting.rows == rows * filled_and_drawn
+    for step in range(1, 10):
+        counting.rows = 0
+        assert pool.draw(counting, step).evaluations == BATCH
+        assert counting.rows == rows * BATCH
 
 
 @torch.no_grad()
@@ -92,9 +98,8 @@ def test_fresh_rollouts_stop_everywhere_and_evaluate_nothing_after(model):
     counts = batch.position.bincount(minlength=N)
     assert (counts - 1000).abs().max() < 5 * 750**0.5
     assert batch.evaluations == counting.rows == int((batch.position + 1).sum())
-    stop = draw_index(0, N, SEED, 0, Site.STOP, torch.arange(4000))
-    noise = start_noise(torch.arange(4000))[stop.argsort(descending=True)]
-    states, estimates = plain_trajectory(model, noise)
+    assert batch.position.equal(draw_index(0, N, SEED, 0, Site.STOP, torch.arange(4000)))
+    states, estimates = plain_trajectory(model, start_noise(torch.arange(4000)))
     for position in range(N):
         here = batch.position == position
         torch.testing.assert_close(batch.sample[here], states[position][here], rtol=1e-5, atol=1e-5)
@@ -120,7 +125,7 @@ def test_data_rollouts_take_k_steps_and_no_more(model, k):
     grid = make_grid(model.scheduler, N)
     batch = DataRollout(reference(model), 400, SEED, grid, images, conditions, k).draw(counting, 0)
     start = draw_index(0, N, SEED, 0, Site.START, torch.arange(400))
-    assert batch.position.sort().values.equal((start + k).clamp(max=N - 1).sort().values)
+    assert batch.position.equal((start + k).clamp(max=N - 1))
     assert batch.evaluations == counting.rows == int(((start + k).clamp(max=N - 1) - start + 1).sum())
     assert batch.evaluations < (k + 1) * 400  # a finished sample is not evaluated again
 

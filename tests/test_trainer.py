@@ -19,7 +19,15 @@ from selfnpo.errors import UserError
 from selfnpo.models import DEMO_FOLDER
 from selfnpo.trainer import Trainer
 
-SHORT = TrainConfig(max_train_steps=12, train_batch_size=16, checkpointing_steps=4, logging_steps=2)
+SHORT = TrainConfig(
+    max_train_steps=12,
+    train_batch_size=16,
+    learning_rate=1e-4,
+    lr_warmup_steps=0,
+    pool_size=2,
+    checkpointing_steps=4,
+    logging_steps=2,
+)
 
 
 def train(config, demo, output_dir=None):
@@ -46,8 +54,7 @@ def test_golden_losses(demo):
     """The whole step, pinned: whoever changes these numbers changed the mathematics or the random numbers."""
     trainer = Trainer(TrainConfig(max_train_steps=40, train_batch_size=32), demo)
     losses = [trainer.train_step()[0].item() for _ in range(40)]
-    assert losses[0] == 0  # every trajectory is at the noisiest time, which has no noisier one
-    assert losses[-4:] == pytest.approx([0.0132737, 0.0203685, 0.0113410, 0.0036540], rel=1e-3)
+    assert losses[-4:] == pytest.approx([0.0126078, 0.0188468, 0.0263009, 0.0051059], rel=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["pool", "fresh", "data"])

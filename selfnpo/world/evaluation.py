@@ -49,10 +49,10 @@ class Evaluation:
     def estimate(self, arm: str, guidance_scale: float, metric: str) -> Estimate:
         return Estimate.of([row[metric] for row in self.values[arm][guidance_scale]])
 
-    def difference(self, arm: str, guidance_scale: float, metric: str) -> Estimate:
-        """`arm` minus plain guidance at the same scale, paired by replicate."""
-        pairs = zip(self.values[arm][guidance_scale], self.values[CFG][guidance_scale], strict=True)
-        return Estimate.of([row[metric] - plain[metric] for row, plain in pairs])
+    def difference(self, arm: str, guidance_scale: float, metric: str, baseline: str = CFG) -> Estimate:
+        """`arm` minus `baseline` at the same scale, paired by replicate."""
+        pairs = zip(self.values[arm][guidance_scale], self.values[baseline][guidance_scale], strict=True)
+        return Estimate.of([row[metric] - other[metric] for row, other in pairs])
 
     @property
     def guidance_scales(self) -> list[float]:

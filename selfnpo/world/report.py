@@ -44,32 +44,32 @@ def table(evaluation: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def difference_table(evaluation: Evaluation, arm: str = SELF_NPO) -> str:
-    """`arm` minus plain guidance at equal w, noise and labels: mean ± standard error and 95 % interval."""
-    lines = [f"| {LABELS[arm]} minus CFG | " + " | ".join(METRICS) + " |", "| --- " * (len(METRICS) + 1) + "|"]
+def difference_table(evaluation: Evaluation, baseline: str = CFG) -> str:
+    """Self-NPO minus `baseline` at equal w, noise and labels: mean ± standard error and 95 % interval."""
+    lines = [f"| Self-NPO minus {LABELS[baseline]} | " + " | ".join(METRICS) + " |", "| --- " * (len(METRICS) + 1) + "|"]
     for scale in evaluation.guidance_scales:
         cells = []
         for metric in METRICS:
-            d = evaluation.difference(arm, scale, metric)
+            d = evaluation.difference(SELF_NPO, scale, metric, baseline)
             cells.append(f"{_number(d, sign=True)} [{d.mean - d.half_width:+.3f}, {d.mean + d.half_width:+.3f}]")
         lines.append(f"| w = {scale - 1:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def verdict(evaluation: Evaluation, arm: str = SELF_NPO) -> str:
-    """In sentences: where `arm` wins against plain guidance, where it loses, and what is not decided."""
+def verdict(evaluation: Evaluation) -> str:
+    """In sentences: where Self-NPO wins against plain guidance, where it loses, and what is not decided."""
     sentences = []
     for scale in evaluation.guidance_scales:
         better, worse, undecided = [], [], []
         for metric in METRICS:
-            d = evaluation.difference(arm, scale, metric)
+            d = evaluation.difference(SELF_NPO, scale, metric)
             if not abs(d.mean) > CERTAIN * d.error:
                 undecided.append(metric)
             else:
                 wins = (d.mean > 0) == HIGHER_IS_BETTER[metric]
                 (better if wins else worse).append(f"{metric} ({_number(d, sign=True)})")
         sentences.append(
-            f"- **w = {scale - 1:g}**: {LABELS[arm]} wins in {', '.join(better) or 'nothing'}; "
+            f"- **w = {scale - 1:g}**: Self-NPO wins in {', '.join(better) or 'nothing'}; "
             f"loses in {', '.join(worse) or 'nothing'}; not decided: {', '.join(undecided) or 'nothing'}."
         )
     return "\n".join(sentences)
