@@ -9,7 +9,7 @@ RUNS ?= runs
 demo: $(VENV)/installed  ## train a negative model for the embedded demo, show and judge what it does
 	$(BIN)/python -m selfnpo.train --output_dir $(RUNS)/demo --overwrite
 	$(BIN)/python -m selfnpo.sample --negative $(RUNS)/demo/negative --output $(RUNS)/demo/samples.png --overwrite
-	$(BIN)/python -m selfnpo.evaluate --arms self-npo --num_samples 2000 --guidance_scales 2 3 \
+	$(BIN)/python -m selfnpo.evaluate --arms self-npo --num_samples 1000 --guidance_scales 2 3 \
 		--output_dir $(RUNS)/demo/evaluation --overwrite
 
 test: $(VENV)/installed  ## what CI runs
