@@ -161,6 +161,7 @@ def test_base_trains_what_the_package_ships(tmp_path):
         (["--learning_rate", "nan"], "learning_rate is nan; expected"),
         (["--num_inference_steps", "30"], "num_inference_steps is 30; expected a divisor of 1000"),
         (["--rollout", "data", "--num_rollout_steps", "25"], "num_rollout_steps is 25; expected a value from 1 to 24"),
+        (["--pool_size", "0"], "pool_size is 0; expected a value from 1 to 10000"),
         (["--max_relative_delta", "-1"], "expected a positive number"),
         (["--seed", "-1"], "seed is -1"),
         (["--config", "absent.yaml"], "config absent.yaml could not be read"),
