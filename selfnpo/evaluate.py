@@ -21,7 +21,7 @@ from selfnpo.world import report
 from selfnpo.world.base import train_base
 from selfnpo.world.baselines import ShuffledLabels, random_perturbation
 from selfnpo.world.data import Split, halves
-from selfnpo.world.evaluation import SELF_NPO, Evaluation, evaluate
+from selfnpo.world.evaluation import CFG, SEEDS, SELF_NPO, Evaluation, evaluate
 from selfnpo.world.metrics import Metrics
 
 Arm = Literal["self-npo", "fresh", "early", "random", "shuffled"]
@@ -45,8 +45,8 @@ class EvaluateConfig:
     """w + 1."""
     num_samples: int = 5000
     """Samples per arm, guidance scale and seed."""
-    seeds: tuple[int, ...] = (20, 21, 22)
-    """One replicate each. Settings were chosen with others."""
+    seeds: tuple[int, ...] = SEEDS
+    """One replicate each."""
     pretrained_model_name_or_path: str = DEMO
     """The base model."""
     split: Split = "final"
@@ -59,6 +59,8 @@ def check(config: EvaluateConfig) -> None:
         raise UserError(f"num_samples is {config.num_samples}; expected a value from 200 to 100000")
     if not config.guidance_scales or not all(1 < scale <= 100 for scale in config.guidance_scales):
         raise UserError(f"guidance_scales is {config.guidance_scales}; expected values above 1 and up to 100, such as 2 3")
+    if config.negative is None and SELF_NPO not in config.arms:
+        raise UserError(f"arms is {config.arms}; expected self-npo among them, for it is what the table compares")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
         raise UserError(f"seeds is {config.seeds}; expected different non-negative integers, such as 20 21 22")
 
@@ -69,9 +71,7 @@ def negatives(config: EvaluateConfig, base: PretrainedModel, given: ModelMixin |
     digits, _ = halves(config.split)
     for seed in config.seeds:
         settings = TrainConfig(seed=seed)
-        models = {}
-        if given is not None or {"self-npo", "random"} & set(config.arms):
-            models[SELF_NPO] = given or fine_tune(settings, base)
+        models = {SELF_NPO: given or fine_tune(settings, base)}
         for arm in config.arms:
             if arm == "fresh":
                 models[arm] = fine_tune(replace(settings, rollout="fresh"), base)
@@ -110,11 +110,7 @@ def save(config: EvaluateConfig, evaluation: Evaluation) -> str:
             "# Negative models on the digits",
             report.explain(evaluation, one_negative=config.negative is not None),
             report.table(evaluation),
-            *(
-                report.difference_table(evaluation, baseline)
-                for baseline in ("cfg", "fresh")
-                if baseline in evaluation.values
-            ),
+            *(report.difference_table(evaluation, arm) for arm in (CFG, "fresh") if arm in evaluation.values),
             report.verdict(evaluation),
             report.best(evaluation),
             report.CAVEATS,

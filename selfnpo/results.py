@@ -13,7 +13,7 @@ from selfnpo.sampling import ddim_sample, start_noise
 from selfnpo.state import TrainState
 from selfnpo.world import report
 from selfnpo.world.data import halves
-from selfnpo.world.evaluation import CFG, NONE, SELF_NPO, evaluate
+from selfnpo.world.evaluation import CFG, NONE, SEEDS, SELF_NPO, evaluate
 from selfnpo.world.metrics import Metrics
 
 RESULTS = ("negative", "config.yaml", "metrics.json", "log.jsonl", "comparison.png", "report.md", "tensorboard")
@@ -53,12 +53,11 @@ def demo_report(state: TrainState, status: str) -> str:
     """
     output_dir, base = state.config.output_dir, state.base
     _, held_out = halves()
-    seeds = (20, 21, 22)
     evaluation = evaluate(
         base,
         Metrics(held_out),
-        [{SELF_NPO: state.model}] * len(seeds),
-        seeds,
+        [{SELF_NPO: state.model}] * len(SEEDS),
+        SEEDS,
         guidance_scales=(2.0, 3.0),
         num_samples=2000,
     )

@@ -86,8 +86,8 @@ class TrajectoryPool:
     """`pool_size` batches of trajectories under way, advanced in turn, so that consecutive batches share no trajectory.
 
     Every batch holds every time of the grid, as evenly as its size allows. Before the first step all trajectories are taken
-    to their places, at (N + 1) / 2 evaluations each. The samples are all the state there is: everything else follows from
-    the step.
+    to their places, at about (N + 1) / 2 evaluations each. The samples are all the state there is: everything else follows
+    from the step.
     """
 
     def __init__(self, reference: Reference, batch_size: int, seed: int, pool_size: int):
