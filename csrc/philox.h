@@ -1,34 +1,28 @@
-// Philox4x32-10 and Box-Muller over blocks of counters; the specification is selfnpo_kernels/philox.py.
+// Philox4x32-10 (Salmon et al., SC 2011) and Box-Muller; the specification is selfnpo_kernels/philox.py.
 //
-// Everything is written as short branch-free loops over arrays, which compilers turn into vector code. Floating-point
-// contraction is off (CMakeLists.txt), so every instruction set computes the same bits.
+// Floating-point contraction is off on the CPU (CMakeLists.txt), so every instruction set draws the same bits.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#include <cmath>
+#ifdef __CUDACC__
+#define SELFNPO_ANYWHERE __host__ __device__ inline
+#else
+#define SELFNPO_ANYWHERE inline
+#endif
 
 namespace selfnpo {
 
-// Counters per block: enough to fill any vector unit, few enough to stay in the first-level cache.
-constexpr int kBlock = 256;
-
-struct CounterBlock {
-    uint32_t word[4][kBlock];  // element / 4, step, site, sample id; overwritten by the output words
-};
-
-inline void philox_4x32(CounterBlock& block, uint64_t seed) {
-    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+// counter: element / 4, step, site, sample id; replaced by the four output words.
+SELFNPO_ANYWHERE void philox_4x32(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t key0, uint32_t key1) {
     for (int round = 0; round < 10; ++round) {
-        for (int i = 0; i < kBlock; ++i) {
-            const uint64_t product0 = uint64_t{0xD2511F53} * block.word[0][i];
-            const uint64_t product1 = uint64_t{0xCD9E8D57} * block.word[2][i];
-            block.word[0][i] = static_cast<uint32_t>(product1 >> 32) ^ block.word[1][i] ^ key0;
-            block.word[1][i] = static_cast<uint32_t>(product1);
-            block.word[2][i] = static_cast<uint32_t>(product0 >> 32) ^ block.word[3][i] ^ key1;
-            block.word[3][i] = static_cast<uint32_t>(product0);
-        }
+        const uint64_t product0 = uint64_t{0xD2511F53} * c0, product1 = uint64_t{0xCD9E8D57} * c2;
+        c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key0;
+        c1 = static_cast<uint32_t>(product1);
+        c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ key1;
+        c3 = static_cast<uint32_t>(product0);
         key0 += 0x9E3779B9;
         key1 += 0xBB67AE85;
     }
@@ -83,20 +77,16 @@ inline void sin_cos(float angle, float& sine, float& cosine) {
     cosine = bits_to_float(((c_bits & ~odd) | (s_bits & odd)) ^ (((quadrant + 1u) & 2u) << 30));
 }
 
-// The four normals of every counter: normal[4 i .. 4 i + 3].
-inline void box_muller(const CounterBlock& block, float* normal) {
-    for (int pair = 0; pair < 2; ++pair) {
-        for (int i = 0; i < kBlock; ++i) {
-            const float uniform = static_cast<float>(block.word[2 * pair][i]) * 0x1p-32f + 0x1p-33f;
-            const float angle = static_cast<float>(static_cast<int32_t>(block.word[2 * pair + 1][i])) *
-                                static_cast<float>(3.14159265358979323846 * 0x1p-31);
-            const float radius = std::sqrt(-2.0f * log_positive(uniform));
-            float sine, cosine;
-            sin_cos(angle, sine, cosine);
-            normal[4 * i + 2 * pair] = radius * cosine;
-            normal[4 * i + 2 * pair + 1] = radius * sine;
-        }
-    }
+// Two standard normals of two words.
+inline void box_muller(uint32_t word0, uint32_t word1, float& normal0, float& normal1) {
+    const float uniform = static_cast<float>(word0) * 0x1p-32f + 0x1p-33f;
+    const float angle =
+        static_cast<float>(static_cast<int32_t>(word1)) * static_cast<float>(3.14159265358979323846 * 0x1p-31);
+    const float radius = std::sqrt(-2.0f * log_positive(uniform));
+    float sine, cosine;
+    sin_cos(angle, sine, cosine);
+    normal0 = radius * cosine;
+    normal1 = radius * sine;
 }
 
 }  // namespace selfnpo

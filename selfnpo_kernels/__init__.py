@@ -1,7 +1,29 @@
-"""Fused operations between two evaluations of a diffusion model; see `selfnpo_kernels.reference` for their specification."""
+"""Fused operations between two evaluations of a diffusion model, useful alone.
 
+`selfnpo_kernels.reference` is their specification, `selfnpo_kernels.dispatch` says which backend runs where.
+"""
+
+from selfnpo_kernels.cfg_combine import cfg_combine
+from selfnpo_kernels.dispatch import backend
 from selfnpo_kernels.forward_jump import forward_jump
-from selfnpo_kernels.philox import philox_normal, philox_uniform
-from selfnpo_kernels.reference import cfg_combine, guided_step, tweedie, x0_loss
+from selfnpo_kernels.fused_adamw import fused_adamw_
+from selfnpo_kernels.guided_step import guided_step
+from selfnpo_kernels.philox import philox_uniform
+from selfnpo_kernels.philox_normal import philox_normal
+from selfnpo_kernels.reference import join_weights, split_weights
+from selfnpo_kernels.tweedie import tweedie
+from selfnpo_kernels.x0_loss import x0_loss
 
-__all__ = ["cfg_combine", "forward_jump", "guided_step", "philox_normal", "philox_uniform", "tweedie", "x0_loss"]
+__all__ = [
+    "backend",
+    "cfg_combine",
+    "forward_jump",
+    "fused_adamw_",
+    "guided_step",
+    "join_weights",
+    "philox_normal",
+    "philox_uniform",
+    "split_weights",
+    "tweedie",
+    "x0_loss",
+]

@@ -1,6 +1,9 @@
-"""Loads the compiled module `_C`. Without it everything still works, on the slower reference path."""
+"""Loads the compiled module `_C`, and says tensors in its terms. Without it everything still works, only slower."""
 
 from types import ModuleType
+
+import torch
+from torch import Tensor
 
 _C: ModuleType | None
 try:
@@ -11,9 +14,18 @@ except ImportError as error:
 else:
     failure = None
 
+# In the order of csrc/cpu/kernel.h. The kernels compute in float32 whatever they read.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def typed(tensor: Tensor | None) -> tuple[int, int]:
+    """(address, dtype code) of a dense tensor; address 0 where it is absent."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), DTYPES.index(tensor.dtype))
+
 
 def describe() -> str:
     """One line on the state of the extension."""
     if _C is None:
-        return f"not available, so the slower reference runs ({failure}); rebuild it with pip install --no-deps ."
-    return f"built by {_C.compiler}"
+        return f"not available ({failure}); rebuild it with pip install --no-deps ."
+    cuda = f"CUDA by {_C.cuda_architectures}" if _C.cuda_architectures else "no CUDA: no nvcc was found at installation"
+    return f"built by {_C.compiler}, {cuda}"

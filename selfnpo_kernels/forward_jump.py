@@ -1,54 +1,126 @@
 """x_s = a x_t + b z in one pass over memory, the noise drawn where it is used and never stored."""
 
-import warnings
-
 import torch
 from torch import Tensor
 
-from selfnpo_kernels import extension, reference
+from selfnpo_kernels import extension, operands, reference
+from selfnpo_kernels.dispatch import choose
+from selfnpo_kernels.extension import typed
 
 
-def forward_jump(sample: Tensor, rows: Tensor, seed: int, step: int, sample_ids: Tensor, site: int = 0) -> Tensor:
-    """Diffuse every sample from its time t to a noisier time s. See `reference.forward_jump` for the formula.
+def forward_jump(
+    sample: Tensor, rows: Tensor, seed: int | Tensor, step: int | Tensor, sample_ids: Tensor, site: int = 0
+) -> Tensor:
+    """Diffuse every sample from its time t to a noisier time s.
+
+        x_s = a x_t + b z,   z = philox_normal(x_t.shape, seed, step, site, sample_ids)
+
+    Per element of float32: 4 bytes read and 4 written. The noise depends on its arguments and on the logical row-major index
+    alone, so a sample jumps the same way in any batch, memory format, dtype and on any backend (normals agree to 5e-7).
 
     Args:
-        sample: `[B, ...]`, floating point.
-        rows: (a, b) per sample, `[B, 2]`.
-        seed, step, site: who draws, when and what for; unsigned, 64, 32 and 32 bits.
-        sample_ids: `[B]` int64, which sample of the run each row of the batch is; low 32 bits count.
+        sample: `[B, ...]`, any floating point, up to 2^34 elements per sample.
+        rows: (a, b) `[B, 2]`, float32: a = alpha_s / alpha_t, b^2 = sigma_s^2 - a^2 sigma_t^2. A zero removes its operand.
+        seed, step, site: who draws, when and what for; unsigned integers of 64, 32 and 32 bits. Seed and step may be one
+            int64 element on the sample's device.
+        sample_ids: `[B]` int64, which sample of the run each row of the batch is; its low 32 bits count.
 
     Returns:
-        Tensor like `sample`. On the CPU in float32 the compiled kernel moves 8 bytes per element, elsewhere the reference
-        runs.
+        Tensor like `sample`, in its memory format. Gradients flow to `sample`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: shapes, dtypes or devices that do not fit, numbers out of range; on the CPU also a NaN in `rows`, which
+            stands for a negative variance (s less noisy than t).
     """
-    batch = len(sample) if sample.ndim else -1
-    if batch < 0 or rows.shape != (batch, 2) or sample_ids.shape != (batch,):
-        raise ValueError(
-            f"forward_jump got sample {tuple(sample.shape)}, rows {tuple(rows.shape)}, "
-            f"sample_ids {tuple(sample_ids.shape)}; expected [B, ...], [B, 2] and [B]"
-        )
-    if not sample.is_floating_point() or sample_ids.is_floating_point():
-        raise ValueError(f"forward_jump needs a float sample and integer ids; got {sample.dtype} and {sample_ids.dtype}")
-    if not sample.device == rows.device == sample_ids.device:
-        raise ValueError(f"forward_jump needs one device; got {sample.device}, {rows.device} and {sample_ids.device}")
-    for name, value, bits in (("seed", seed, 64), ("step", step, 32), ("site", site, 32)):
-        if not 0 <= value < 2**bits:
-            raise ValueError(f"forward_jump needs {name} in [0, 2^{bits}); got {value}")
+    operands.check("forward_jump", sample, 2, rows)
+    check_noise("forward_jump", tuple(sample.shape), sample_ids, sample.device, site)
+    seed, seed_tensor = operands.counter("forward_jump", "seed", seed, 64, sample.device)
+    step, step_tensor = operands.counter("forward_jump", "step", step, 32, sample.device)
+    return torch.ops.selfnpo.forward_jump(sample, rows, sample_ids, seed, seed_tensor, step, step_tensor, site)
 
-    if extension._C is None:
-        warnings.warn(f"selfnpo_kernels._C is {extension.describe()}", RuntimeWarning, stacklevel=2)
-    needs_gradient = torch.is_grad_enabled() and (sample.requires_grad or rows.requires_grad)
-    if extension._C is None or sample.device.type != "cpu" or sample.dtype != torch.float32 or needs_gradient:
-        return reference.forward_jump(sample, rows, seed, step, sample_ids, site)
-    sample, rows = sample.contiguous(), rows.to(torch.float32).contiguous()
-    sample_ids = sample_ids.to(torch.int64).contiguous()
-    out = torch.empty_like(sample)
-    if out.numel():
-        extension._C.forward_jump(
-            out.data_ptr(), sample.data_ptr(), rows.data_ptr(), sample_ids.data_ptr(), batch=batch,
-            elements=sample[0].numel(), seed=seed, step=step, site=site, threads=torch.get_num_threads(),
-        )  # fmt: skip
+
+def check_noise(op: str, shape: tuple[int, ...], sample_ids: Tensor, device: torch.device, site: int) -> None:
+    """Raises: ValueError where the addresses of the noise do not fit the samples."""
+    if sample_ids.shape != shape[:1] or sample_ids.dtype != torch.int64:
+        raise ValueError(
+            f"{op} got sample_ids {tuple(sample_ids.shape)} of {sample_ids.dtype} for samples {shape}; "
+            f"expected ({shape[0]},) of torch.int64, one id per sample"
+        )
+    if sample_ids.device != device:
+        raise ValueError(f"{op} got sample_ids on {sample_ids.device} and sample on {device}; move them to one device")
+    if not 0 <= site < 2**32:
+        raise ValueError(f"{op} got site = {site}; expected 0 <= site < 2^32")
+    elements = 1
+    for size in shape[1:]:
+        elements *= size
+    if elements > 2**34:
+        raise ValueError(f"{op} got {elements} elements per sample; the noise counts up to 2^34, split the sample")
+
+
+torch.library.define(
+    "selfnpo::forward_jump",
+    "(Tensor sample, Tensor rows, Tensor sample_ids, SymInt seed, Tensor? seed_tensor, SymInt step, Tensor? step_tensor, "
+    "int site) -> Tensor",
+)
+
+
+@torch.library.impl("selfnpo::forward_jump", "CompositeExplicitAutograd")
+def _forward_jump(sample, rows, sample_ids, seed, seed_tensor, step, step_tensor, site):
+    if rows.device.type == "cpu" and rows.isnan().any():
+        raise ValueError("forward_jump got a NaN in rows: a negative variance; expected every s noisier than its t")
+    order = operands.memory_format(sample)
+    seed, step = seed % 2**64 if seed_tensor is None else seed_tensor, step if step_tensor is None else step_tensor
+    backend = choose("forward_jump", sample)
+    if backend == "reference":
+        return reference.forward_jump(sample, rows, seed, step, sample_ids, site).contiguous(memory_format=order)
+    out = torch.empty_like(sample, memory_format=order)
+    launch(backend, out, sample, rows, sample_ids, seed, step, site, order)
     return out
+
+
+def launch(
+    backend: str,
+    out: Tensor,
+    sample: Tensor | None,
+    rows: Tensor,
+    sample_ids: Tensor,
+    seed: int | Tensor,
+    step: int | Tensor,
+    site: int,
+    order: torch.memory_format,
+) -> None:
+    """Fill the output; `philox_normal` is the case without a sample, under the row (0, 1)."""
+    if not out.numel():
+        return
+    sample, sample_ids = operands.dense(sample, order), sample_ids.contiguous()
+    rows, row_stride = operands.dense_rows(rows)
+    # Stored channels last, one position of a sample holds all its channels side by side.
+    channels = out.shape[1] if order != torch.contiguous_format else 1
+    positions = out[0].numel() // channels
+    if backend == "triton":
+        from selfnpo_kernels.triton_kernels import forward_jump as triton_kernel
+
+        triton_kernel.launch(out, sample, rows, row_stride, sample_ids, seed, step, site, channels, positions)
+        return
+    extension._C.forward_jump(
+        typed(out), typed(sample), (rows.data_ptr(), row_stride), sample_ids.data_ptr(), len(out), channels, positions,
+        int(seed) % 2**64, int(step) % 2**32, site, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+@torch.library.register_fake("selfnpo::forward_jump")
+def _(sample, rows, sample_ids, seed, seed_tensor, step, step_tensor, site):
+    return torch.empty_like(sample, memory_format=operands.memory_format(sample))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward(ctx, grad):
+    (rows,) = ctx.saved_tensors
+    return reference.affine(rows[:, :1], grad).to(ctx.dtype), None, None, None, None, None, None, None
+
+
+torch.library.register_autograd("selfnpo::forward_jump", _backward, setup_context=_setup_context)

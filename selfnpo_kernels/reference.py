@@ -2,23 +2,26 @@
 
 Everything between two network evaluations is affine in the sample and the model output, so each op takes per-sample
 coefficient rows and knows no schedule, sampler or prediction type (`selfnpo.schedule` makes the rows). The ops compute in
-float32, or in float64 when the sample is float64, and return the sample's dtype.
+float32, or in float64 when the sample is float64, and return the sample's dtype. Device tensors may stand for seed, step and
+guidance scale.
 
 Shapes: `B` samples of any trailing shape, rows `[B, columns]`. A coefficient of zero removes its operand even where that
 operand is inf or NaN, so a finished sample is the ordinary row (1, 0).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from selfnpo_kernels.philox import philox_normal
+from selfnpo_kernels.philox import words
 
 
 def _working_dtype(sample: Tensor) -> torch.dtype:
     return torch.float64 if sample.dtype == torch.float64 else torch.float32
 
 
-def _affine(row: Tensor, *operands: Tensor) -> Tensor:
+def affine(row: Tensor, *operands: Tensor) -> Tensor:
     """sum_k row[:, k] * operands[k], where a zero coefficient drops its operand."""
     dtype = _working_dtype(operands[0])
     total = torch.zeros((), dtype=dtype, device=operands[0].device)
@@ -30,11 +33,11 @@ def _affine(row: Tensor, *operands: Tensor) -> Tensor:
 
 def tweedie(sample: Tensor, model_output: Tensor, rows: Tensor) -> Tensor:
     """pred_original_sample = p x + q m with rows (p, q) `[B, 2]`: the posterior mean E[x_0 | x_t] (Tweedie's formula)."""
-    return _affine(rows, sample, model_output).to(sample.dtype)
+    return affine(rows, sample, model_output).to(sample.dtype)
 
 
 def guided_step(
-    sample: Tensor, cond: Tensor, uncond: Tensor | None, guidance_scale: float, rows: Tensor
+    sample: Tensor, cond: Tensor, uncond: Tensor | None, guidance_scale: float | Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Guidance, Tweedie estimate and deterministic DDIM step.
 
@@ -51,21 +54,48 @@ def guided_step(
     model_output = cond.to(dtype)
     if uncond is not None:
         model_output = uncond.to(dtype) + guidance_scale * (model_output - uncond.to(dtype))
-    pred_original_sample = _affine(rows[:, :2], sample, model_output)
-    prev_sample = _affine(rows[:, 2:], sample, model_output)
+    pred_original_sample = affine(rows[:, :2], sample, model_output)
+    prev_sample = affine(rows[:, 2:], sample, model_output)
     return prev_sample.to(sample.dtype), pred_original_sample.to(sample.dtype)
 
 
-def forward_jump(sample: Tensor, rows: Tensor, seed: int, step: int, sample_ids: Tensor, site: int = 0) -> Tensor:
+def philox_normal(
+    shape: tuple[int, ...],
+    seed: int | Tensor,
+    step: int | Tensor,
+    site: int,
+    sample_ids: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal noise of `shape` = `[B, ...]` by Box-Muller, on the device of `sample_ids` (`[B]`, integer).
+
+    Radius and angle are rounded to float32 in every precision, so that a float64 result is the same noise, only with
+    exact logarithms and cosines.
+    """
+    elements = math.prod(shape[1:])
+    word = words((elements + 3) // 4, seed, step, site, sample_ids)
+    # (x + 1/2) / 2^32 lies in (0, 1], and the angle in [-pi, pi] comes from the signed word: one rounding each.
+    uniform = word[..., 0::2].to(torch.float32) * 2.0**-32 + 2.0**-33
+    signed = word[..., 1::2] - ((word[..., 1::2] >> 31) << 32)
+    angle = signed.to(torch.float32) * torch.tensor(math.pi * 2.0**-31, dtype=torch.float32)
+    radius = torch.sqrt(-2.0 * torch.log(uniform.to(dtype)))
+    angle = angle.to(dtype)
+    normal = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
+    return normal.flatten(1)[:, :elements].reshape(shape)
+
+
+def forward_jump(
+    sample: Tensor, rows: Tensor, seed: int | Tensor, step: int | Tensor, sample_ids: Tensor, site: int = 0
+) -> Tensor:
     """x_s = a x_t + b z with rows (a, b) `[B, 2]` and z = philox_normal(seed, step, site, sample_ids).
 
     From time t to a noisier time s: a = alpha_s / alpha_t, b^2 = sigma_s^2 - a^2 sigma_t^2 (Self-NPO, arXiv 2505.11777).
     """
     noise = philox_normal(tuple(sample.shape), seed, step, site, sample_ids, _working_dtype(sample))
-    return _affine(rows, sample, noise).to(sample.dtype)
+    return affine(rows, sample, noise).to(sample.dtype)
 
 
-def cfg_combine(model_output: Tensor, guidance_scale: float, guidance_rescale: float = 0.0) -> Tensor:
+def cfg_combine(model_output: Tensor, guidance_scale: float | Tensor, guidance_rescale: float = 0.0) -> Tensor:
     """Guidance on one batched output [negative; positive] of `[2 B, ...]`: (w + 1) pos - w neg with w = guidance_scale - 1.
 
     `guidance_rescale` mixes in the result rescaled to the positive's per-sample standard deviation (Lin et al.,
@@ -91,9 +121,93 @@ def x0_loss(
 
     rows (p, q, k) `[B, 3]` already hold the weight: k = 1 compares x_0, k = alpha_s / sigma_s compares epsilon.
     """
-    difference = _affine(rows * rows.new_tensor([1, 1, -1]), sample, model_output, target)
+    difference = _difference(model_output, sample, target, rows)
     if kind == "l2":
         return difference.square().mean()
     if kind == "huber":
         return (torch.sqrt(difference.square() + huber_c**2) - huber_c).mean()
     raise ValueError(f"unknown loss kind {kind!r}: expected 'l2' or 'huber'")
+
+
+def x0_loss_backward(
+    grad: Tensor,
+    model_output: Tensor,
+    sample: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    kind: str,
+    huber_c: float,
+    operand: int,
+) -> Tensor:
+    """grad times the gradient of `x0_loss` for operand 0 (sample), 1 (model_output) or 2 (target)."""
+    difference = _difference(model_output, sample, target, rows)
+    slope = 2 * difference
+    if kind == "huber":
+        slope = difference / torch.sqrt(difference.square() + huber_c**2)
+    coefficient = rows[:, operand : operand + 1] * (-1 if operand == 2 else 1)
+    return affine(coefficient, slope * grad.to(slope.dtype) / slope.numel())
+
+
+def _difference(model_output: Tensor, sample: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+    return affine(rows * rows.new_tensor([1, 1, -1]), sample, model_output, target)
+
+
+def split_weights(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 weights as their nearest bfloat16 (halves round away from zero) and an int16 remainder; nothing is lost.
+
+    The bits of the two add up: bits(weights) = (bits(high) << 16) + low.
+    """
+    bits = weights.view(torch.int32)
+    high = ((bits.long() + 0x8000) >> 16 << 16).to(torch.int32)
+    return high.view(torch.float32).to(torch.bfloat16), (bits - high).to(torch.int16)
+
+
+def join_weights(high: Tensor, low: Tensor) -> Tensor:
+    """The float32 weights that `split_weights` took apart."""
+    return (high.float().view(torch.int32) + low.int()).view(torch.float32)
+
+
+def fused_adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    step: Tensor,
+    lr: Tensor,
+    grad_scale: Tensor | None,
+    lows: list[Tensor],
+    emas: list[Tensor],
+    ema_lows: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    ema_decay: float,
+) -> None:
+    """One step of AdamW (Loshchilov and Hutter, arXiv 1711.05101) on every parameter, and of the average that follows it.
+
+        g = grad_scale grad;   m += (1 - beta1) (g - m);   v = beta2 v + (1 - beta2) g^2
+        param = (1 - lr weight_decay) param - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
+        ema += (1 - ema_decay) (param - ema)
+    """
+    correction1, correction2 = (1 - torch.tensor(beta, dtype=torch.float64) ** step.cpu() for beta in (beta1, beta2))
+    step_size, correction2_sqrt = lr / correction1.to(lr), correction2.sqrt().to(lr)
+    for i, param in enumerate(params):
+        weights = join_weights(param, lows[i]) if lows else param
+        grad = grads[i].to(weights.dtype) * (1.0 if grad_scale is None else grad_scale)
+        exp_avgs[i].add_((1 - beta1) * (grad - exp_avgs[i]))
+        exp_avg_sqs[i].mul_(beta2).add_((1 - beta2) * grad * grad)
+        update = exp_avgs[i] / (exp_avg_sqs[i].sqrt() / correction2_sqrt + eps)
+        weights = weights * (1 - lr * weight_decay) - step_size * update
+        _assign(weights, param, lows[i] if lows else None)
+        if emas:
+            ema = join_weights(emas[i], ema_lows[i]) if ema_lows else emas[i]
+            _assign(ema + (1 - ema_decay) * (weights - ema), emas[i], ema_lows[i] if ema_lows else None)
+
+
+def _assign(weights: Tensor, param: Tensor, low: Tensor | None) -> None:
+    if low is None:
+        param.copy_(weights)
+    else:
+        for half, value in zip((param, low), split_weights(weights), strict=True):
+            half.copy_(value)

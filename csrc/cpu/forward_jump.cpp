@@ -1,81 +1,72 @@
 // x_s = a x_t + b z, the noise z drawn where it is used: each element is read once and written once.
-#include "forward_jump.h"
-
-#include <algorithm>
-#include <thread>
-#include <vector>
-
-#include "philox.h"
-
-// One body, compiled for several instruction sets; the loader picks the widest that the machine has.
-#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
-#define SELFNPO_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), flatten))
-#else
-#define SELFNPO_VECTORISED
-#endif
+#include "../philox.h"
+#include "ops.h"
 
 namespace selfnpo {
 namespace {
 
-// Counters [begin, end) of the flattened list (sample, element / 4).
-SELFNPO_VECTORISED void jump_range(const ForwardJump& op, int64_t begin, int64_t end) {
-    const int64_t per_sample = (op.elements + 3) / 4;
-    CounterBlock block;
-    float normal[4 * kBlock];
-    for (int64_t start = begin; start < end; start += kBlock) {
-        const int64_t count = std::min<int64_t>(kBlock, end - start);
-        bool any_noise = false;
-        for (int64_t i = 0, sample = start / per_sample, quad = start % per_sample; i < kBlock; ++i) {
-            const bool valid = i < count;
-            block.word[0][i] = static_cast<uint32_t>(quad);
-            block.word[1][i] = op.step;
-            block.word[2][i] = op.site;
-            block.word[3][i] = valid ? static_cast<uint32_t>(op.sample_ids[sample]) : 0;
-            any_noise |= valid && op.rows[2 * sample + 1] != 0.0f;
-            if (++quad == per_sample) quad = 0, ++sample;
+constexpr int64_t kCounters = kBlock / 4;
+
+// The normals of counters [first, first + count), four each; count is a multiple of 16.
+SELFNPO_VECTORISED void draw(float* __restrict normal, int64_t first, int64_t count, int64_t sample_id,
+                             const ForwardJump& op) {
+    uint32_t word[4][kCounters];
+    float plane[4][kCounters];
+    const uint32_t key0 = static_cast<uint32_t>(op.seed), key1 = static_cast<uint32_t>(op.seed >> 32);
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t c0 = static_cast<uint32_t>(first + i), c1 = op.step, c2 = op.site;
+        uint32_t c3 = static_cast<uint32_t>(sample_id);
+        philox_4x32(c0, c1, c2, c3, key0, key1);
+        word[0][i] = c0, word[1][i] = c1, word[2][i] = c2, word[3][i] = c3;
+    }
+    for (int pair = 0; pair < 4; pair += 2) {
+        for (int64_t i = 0; i < count; ++i) {
+            box_muller(word[pair][i], word[pair + 1][i], plane[pair][i], plane[pair + 1][i]);
         }
-        if (any_noise) {
-            philox_4x32(block, op.seed);
-            box_muller(block, normal);
-        }
-        // Runs of counters that belong to one sample share their coefficients and lie side by side in memory.
-        for (int64_t i = 0; i < count;) {
-            const int64_t sample = (start + i) / per_sample, quad = (start + i) % per_sample;
-            const int64_t run = std::min(count - i, per_sample - quad);
-            const int64_t length = std::min(4 * run, op.elements - 4 * quad);
-            const float a = op.rows[2 * sample], b = op.rows[2 * sample + 1];
-            const float* x = op.sample + sample * op.elements + 4 * quad;
-            const float* z = normal + 4 * i;
-            float* out = op.out + sample * op.elements + 4 * quad;
-            // A zero coefficient removes its operand, even an infinite one.
-            if (b == 0.0f && a == 0.0f) {
-                std::fill(out, out + length, 0.0f);
-            } else if (b == 0.0f) {
-                for (int64_t k = 0; k < length; ++k) out[k] = a * x[k];
-            } else if (a == 0.0f) {
-                for (int64_t k = 0; k < length; ++k) out[k] = b * z[k];
-            } else {
-                for (int64_t k = 0; k < length; ++k) out[k] = a * x[k] + b * z[k];
-            }
-            i += run;
-        }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        for (int k = 0; k < 4; ++k) normal[4 * i + k] = plane[k][i];
     }
 }
 
 }  // namespace
 
 void forward_jump(const ForwardJump& op, int threads) {
-    const int64_t total = op.batch * ((op.elements + 3) / 4);
-    // A thread pays for itself from about 16 blocks on; ranges are whole blocks, so that the split changes no bit.
-    const int64_t blocks = (total + kBlock - 1) / kBlock;
-    const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(threads, blocks / 16));
-    const int64_t share = (blocks + workers - 1) / workers * kBlock;
-    std::vector<std::thread> others;
-    for (int64_t w = 1; w < workers; ++w) {
-        others.emplace_back([&op, total, share, w] { jump_range(op, w * share, std::min(total, (w + 1) * share)); });
-    }
-    jump_range(op, 0, std::min(total, share));
-    for (std::thread& other : others) other.join();
+    const int64_t channels = op.channels, elements = channels * op.positions;
+    prepare_output(op.out, op.batch * elements);
+    // Where channels lie side by side, a block is a run of positions with all their channels; a channel's run may begin
+    // inside a counter's four elements and end inside another's, hence the four positions less.
+    const int64_t length = channels == 1 ? kBlock : std::clamp<int64_t>(16 * kBlock / channels, 16, kBlock - 4);
+    const auto block = [&](int64_t sample, int64_t begin, int64_t count) {
+        const float a = op.rows[sample][0], b = op.rows[sample][1];
+        const int64_t at = sample * elements + begin * channels;
+        float normal[kBlock];
+        const auto draw_run = [&](int64_t channel) {
+            const int64_t logical = channel * op.positions + begin, skip = logical % 4;
+            const int64_t counters = (skip + count + 3) / 4;
+            if (b != 0.0f) draw(normal, logical / 4, (counters + 15) / 16 * 16, op.sample_ids[sample], op);
+            return normal + skip;
+        };
+        if (channels == 1) {
+            Buffer x_buffer, out_buffer;
+            const float* x = a == 0.0f ? nullptr : read(op.sample, at, count, x_buffer);
+            affine(target(op.out, at, out_buffer), a, x, b, draw_run(0), count);
+            finish(op.out, at, count, out_buffer);
+            return;
+        }
+        std::vector<float> x_tile(count * channels), out_tile(count * channels);
+        const float* x = a == 0.0f ? nullptr : read(op.sample, at, count * channels, x_tile.data());
+        float* out = target(op.out, at, out_tile.data());
+        for (int64_t channel = 0; channel < channels; ++channel) {
+            const float* z = draw_run(channel);
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t k = i * channels + channel;
+                out[k] = (a == 0.0f ? 0.0f : a * x[k]) + (b == 0.0f ? 0.0f : b * z[i]);
+            }
+        }
+        finish(op.out, at, count * channels, out_tile.data());
+    };
+    for_each_block(op.batch, op.positions, threads, block, length);
 }
 
 }  // namespace selfnpo

@@ -1,0 +1,74 @@
+// What the CPU kernels share: vectorised loops, threads, and tensors of any dtype seen as blocks of float32.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+// One body, compiled for several instruction sets; the loader picks the widest that the machine has.
+#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
+#define SELFNPO_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), flatten))
+#else
+#define SELFNPO_VECTORISED
+#endif
+
+namespace selfnpo {
+
+// The same order as extension.DTYPES.
+enum class Dtype : int { float32, bfloat16, float16 };
+
+struct ConstTensor {
+    const void* data;  // dense; nullptr where an operand is absent
+    Dtype dtype;
+};
+
+struct Tensor {
+    void* data;
+    Dtype dtype;
+};
+
+// Elements in a block: several operands fit the first-level cache.
+constexpr int64_t kBlock = 1024;
+using Buffer = float[kBlock];
+
+// Elements [begin, begin + count) as float32: the tensor's own memory, or `buffer` filled by conversion.
+const float* read(const ConstTensor& tensor, int64_t begin, int64_t count, float* buffer);
+// Where to compute those elements before `finish` takes them to the tensor: its own memory, or `buffer`.
+float* target(const Tensor& tensor, int64_t begin, float* buffer);
+void finish(const Tensor& tensor, int64_t begin, int64_t count, const float* buffer);
+
+// out = a x + b y; a coefficient of zero removes its operand, even an infinite one.
+void affine(float* out, float a, const float* x, float b, const float* y, int64_t count);
+// out = negative + scale (positive - negative)
+void guide(float* out, const float* negative, const float* positive, float scale, int64_t count);
+
+// Fresh output memory in huge pages where the system offers them: a page fault every 4 KiB costs more than the arithmetic.
+void prepare_output(const Tensor& tensor, int64_t elements);
+
+// body(sample, begin, count) for every block of every sample, split over threads. A block never spans two samples.
+template <typename Body>
+void for_each_block(int64_t batch, int64_t elements, int threads, const Body& body, int64_t length = kBlock) {
+    const int64_t per_sample = (elements + length - 1) / length, blocks = batch * per_sample;
+    const auto range = [&](int64_t first, int64_t last) {
+        for (int64_t block = first; block < last; ++block) {
+            const int64_t sample = block / per_sample, begin = block % per_sample * length;
+            body(sample, begin, std::min(length, elements - begin));
+        }
+    };
+    // A thread pays for its start from about 16 blocks on.
+    const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(threads, blocks / 16));
+    const int64_t share = (blocks + workers - 1) / workers;
+    std::vector<std::thread> others;
+    int64_t done = 0;
+    try {
+        for (; done + share < blocks; done += share) others.emplace_back(range, done, done + share);
+    } catch (const std::system_error&) {
+        // No more threads to be had: this one does the rest.
+    }
+    range(done, blocks);
+    for (std::thread& other : others) other.join();
+}
+
+}  // namespace selfnpo

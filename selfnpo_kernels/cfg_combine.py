@@ -1,0 +1,108 @@
+"""Classifier-free guidance on one batched model output."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from selfnpo_kernels import extension, operands, reference
+from selfnpo_kernels.dispatch import choose
+from selfnpo_kernels.extension import typed
+
+
+def cfg_combine(model_output: Tensor, guidance_scale: float | Tensor, guidance_rescale: float = 0.0) -> Tensor:
+    """(w + 1) positive - w negative with w = guidance_scale - 1, from the batch [negative; positive].
+
+    `guidance_rescale` mixes in the result rescaled to the positive's standard deviation per sample (Lin et al.,
+    arXiv 2305.08891, section 3.4), as diffusers' `rescale_noise_cfg` does; 0 leaves it out.
+
+    Per element of float32 output: 8 bytes read and 4 written; with rescaling a second reading.
+
+    Args:
+        model_output: `[2 B, ...]`, any floating point.
+        guidance_scale: a number, or one float32 element on the model output's device.
+
+    Returns:
+        `[B, ...]` in the model output's dtype and memory format. Gradients flow to `model_output`.
+
+    Raises:
+        ValueError: an odd batch, a guidance scale or rescale that is not finite.
+    """
+    if model_output.ndim == 0 or model_output.shape[0] % 2:
+        raise ValueError(
+            f"cfg_combine got a model output of shape {tuple(model_output.shape)}; expected [negative; positive], an even batch"
+        )
+    operands.check_kind("cfg_combine", "model_output", model_output)
+    scale, scale_tensor = operands.scalar("cfg_combine", "guidance_scale", guidance_scale, model_output)
+    if not math.isfinite(guidance_rescale):
+        raise ValueError(f"cfg_combine got guidance_rescale = {guidance_rescale}; expected a finite number, 0 for none")
+    return torch.ops.selfnpo.cfg_combine(model_output, scale, scale_tensor, guidance_rescale)
+
+
+torch.library.define(
+    "selfnpo::cfg_combine",
+    "(Tensor model_output, float scale, Tensor? scale_tensor, float guidance_rescale) -> Tensor",
+)
+
+
+def _empty_half(model_output: Tensor) -> Tensor:
+    half = model_output.shape[0] // 2
+    order = operands.memory_format(model_output)
+    return torch.empty_like(model_output[:half], memory_format=order)
+
+
+@torch.library.impl("selfnpo::cfg_combine", "CompositeExplicitAutograd")
+def _cfg_combine(model_output, scale, scale_tensor, guidance_rescale):
+    scale = scale if scale_tensor is None else scale_tensor
+    order = operands.memory_format(model_output)
+    backend = choose("cfg_combine", model_output)
+    if backend == "reference":
+        return reference.cfg_combine(model_output, scale, guidance_rescale).contiguous(memory_format=order)
+    out = _empty_half(model_output)
+    if not out.numel():
+        return out
+    model_output = operands.dense(model_output, order)
+    if backend == "triton":
+        from selfnpo_kernels.triton_kernels import cfg_combine as triton_kernel
+
+        triton_kernel.launch(out, model_output, scale, guidance_rescale)
+        return out
+    extension._C.cfg_combine(
+        typed(out), typed(model_output), float(scale), guidance_rescale, len(out), out[0].numel(), torch.get_num_threads()
+    )
+    return out
+
+
+@torch.library.register_fake("selfnpo::cfg_combine")
+def _(model_output, scale, scale_tensor, guidance_rescale):
+    return _empty_half(model_output)
+
+
+def _setup_context(ctx, inputs, output):
+    model_output, ctx.scale, scale_tensor, ctx.guidance_rescale = inputs
+    ctx.save_for_backward(model_output if ctx.guidance_rescale else None, scale_tensor)
+    ctx.dtype = model_output.dtype
+
+
+def _backward(ctx, grad):
+    model_output, scale_tensor = ctx.saved_tensors
+    scale = ctx.scale if scale_tensor is None else scale_tensor
+    grad = grad.to(torch.float64 if ctx.dtype == torch.float64 else torch.float32)
+    grad_positive = 0.0
+    if ctx.guidance_rescale:
+        # out = c (f r + 1 - f), where c is the guided output, f the rescale and r = |p - mean p| / |c - mean c|.
+        axes, rescale = tuple(range(1, grad.ndim)), ctx.guidance_rescale
+        negative, positive = model_output.to(grad.dtype).chunk(2)
+        guided = negative + scale * (positive - negative)
+        centred_guided = guided - guided.mean(axes, keepdim=True)
+        centred_positive = positive - positive.mean(axes, keepdim=True)
+        guided2 = centred_guided.square().sum(axes, keepdim=True)
+        positive2 = centred_positive.square().sum(axes, keepdim=True)
+        ratio = (positive2 / guided2).sqrt()
+        slope = rescale * ratio * (grad * guided).sum(axes, keepdim=True)
+        grad = grad * (rescale * ratio + 1 - rescale) - slope * centred_guided / guided2
+        grad_positive = slope * centred_positive / positive2
+    return torch.cat(((1 - scale) * grad, scale * grad + grad_positive)).to(ctx.dtype), None, None, None
+
+
+torch.library.register_autograd("selfnpo::cfg_combine", _backward, setup_context=_setup_context)

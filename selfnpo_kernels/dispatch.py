@@ -1,0 +1,111 @@
+"""Which backend runs an op, and why.
+
+    device      backend
+    CPU         cpp, the compiled extension
+    CUDA        triton (the optimizer: cpp, whose extension holds a CUDA kernel)
+    any other   reference, plain PyTorch; so does float64 everywhere
+
+`SELFNPO_BACKEND=reference|cpp|triton` or `with backend(name)` forces one for the whole process; one that cannot run raises
+and says why. Under `TRITON_INTERPRET=1` the triton backend also takes CPU tensors, slowly: that is for tests.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from selfnpo_kernels import extension
+
+BACKENDS = ("reference", "cpp", "triton")
+
+_forced: str | None = None
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend inside a `with` block.
+
+    Raises:
+        ValueError: there is no such backend. Ops raise RuntimeError where it cannot run them.
+    """
+    global _forced
+    before, _forced = _forced, _known(name, "backend()")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(op: str, tensor: Tensor, cuda: str = "triton") -> str:
+    """The backend that runs `op` on `tensor`; `cuda` is the one that serves CUDA tensors by default."""
+    forced = _forced or os.environ.get("SELFNPO_BACKEND")
+    if forced:
+        obstacle = _obstacle(op, _known(forced, "SELFNPO_BACKEND"), tensor, cuda)
+        if obstacle:
+            raise RuntimeError(f"{op} cannot run on the forced backend {forced!r}: {obstacle}")
+        return forced
+    preferred = {"cpu": "cpp", "cuda": cuda}.get(tensor.device.type, "reference")
+    if tensor.dtype not in extension.DTYPES:
+        return "reference"
+    obstacle = _obstacle(op, preferred, tensor, cuda)
+    if obstacle:
+        warnings.warn(f"{op} runs on the slower reference: {obstacle}", RuntimeWarning, stacklevel=4)
+        return "reference"
+    return preferred
+
+
+def _known(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} got {name!r}; expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+def _obstacle(op: str, name: str, tensor: Tensor, cuda: str) -> str | None:
+    """Why a backend cannot run an op on a tensor."""
+    if name == "reference":
+        return None
+    if tensor.dtype not in extension.DTYPES:
+        return f"it computes in float32 on {', '.join(str(dtype)[6:] for dtype in extension.DTYPES)}; got {tensor.dtype}"
+    device = tensor.device.type
+    if name == "cpp":
+        if extension._C is None:
+            return f"the extension is {extension.describe()}"
+        if device == "cuda" and cuda == "cpp":
+            return None if extension._C.cuda_architectures else f"the extension is {extension.describe()}"
+        return None if device == "cpu" else f"it runs on the CPU, the tensor is on {tensor.device}; use triton or reference"
+    if cuda != "triton":
+        return "it has no Triton kernel; use cpp or reference"
+    if triton_failure():
+        return f"Triton does not import ({triton_failure()})"
+    if device == "cuda" or (device == "cpu" and _interpreting()):
+        return None
+    return f"it runs on CUDA devices, the tensor is on {tensor.device} (TRITON_INTERPRET=1 runs its interpreter on the CPU)"
+
+
+@cache
+def triton_failure() -> str | None:
+    """Why Triton cannot be imported, or None."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def _interpreting() -> bool:
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+def describe() -> str:
+    """One line on what runs where."""
+    gpu = "reference" if triton_failure() else "triton"
+    cpu = "reference" if extension._C is None else "cpp"
+    forced = _forced or os.environ.get("SELFNPO_BACKEND")
+    note = f"forced to {forced}" if forced else f"cpu {cpu}, cuda {gpu}"
+    return note + ("" if torch.cuda.is_available() else " (no CUDA device here)")

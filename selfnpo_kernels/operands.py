@@ -1,0 +1,101 @@
+"""What every op asks of its arguments, and the memory order in which its kernels see them."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from selfnpo_kernels.extension import DTYPES
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def check(op: str, sample: Tensor, columns: int, rows: Tensor, **others: Tensor | None) -> None:
+    """`others` must look like `sample`, `rows` must be `[B, columns]`.
+
+    Raises:
+        ValueError: in one sentence, what was got and what is expected.
+    """
+    if sample.ndim == 0:
+        raise ValueError(f"{op} got a sample without dimensions; expected [B, ...]")
+    expected_rows = (sample.shape[0], columns)
+    if rows.shape != expected_rows:
+        raise ValueError(
+            f"{op} got rows of shape {tuple(rows.shape)}; expected {expected_rows}, one row per sample "
+            f"(rows.expand({sample.shape[0]}, -1) shares one)"
+        )
+    if rows.requires_grad:
+        raise ValueError(f"{op} has no gradient for rows; pass rows.detach()")
+    for name, tensor in {"sample": sample, **others}.items():
+        if tensor is None:
+            continue
+        if tensor.shape != sample.shape:
+            raise ValueError(f"{op} got {name} of shape {tuple(tensor.shape)}; expected {tuple(sample.shape)}, as sample")
+        check_kind(op, name, tensor)
+    check_kind(op, "rows", rows)
+    for name, tensor in {"rows": rows, **others}.items():
+        if tensor is not None and tensor.device != sample.device:
+            raise ValueError(f"{op} got {name} on {tensor.device} and sample on {sample.device}; move them to one device")
+
+
+def check_kind(op: str, name: str, tensor: Tensor) -> None:
+    """Raises: ValueError where the tensor is not a dense one of floating point."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{op} got {name} of {tensor.dtype}; expected floating point, for example {name}.float()")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{op} got {name} in {tensor.layout}; expected a dense tensor, for example {name}.to_dense()")
+
+
+def scalar(op: str, name: str, value: float | Tensor, sample: Tensor) -> tuple[float, Tensor | None]:
+    """A finite number, or a tensor of one float32 element on the sample's device, which a captured graph may change."""
+    if not isinstance(value, Tensor):
+        if not math.isfinite(value):
+            raise ValueError(f"{op} got {name} = {value}; expected a finite number")
+        return float(value), None
+    _check_scalar_tensor(op, name, value, torch.float32, sample.device)
+    return 0.0, value
+
+
+def counter(op: str, name: str, value: int | Tensor, bits: int, device: torch.device) -> tuple[int, Tensor | None]:
+    """An unsigned integer, as the signed one of the same 64 bits, or a tensor of one int64 element on `device`."""
+    if not isinstance(value, Tensor):
+        if not 0 <= value < 2**bits:
+            raise ValueError(f"{op} got {name} = {value}; expected 0 <= {name} < 2^{bits}")
+        return (value if value < 2**63 else value - 2**64), None
+    _check_scalar_tensor(op, name, value, torch.int64, device)
+    return 0, value
+
+
+def _check_scalar_tensor(op: str, name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if value.numel() != 1 or value.dtype != dtype or value.device != device:
+        raise ValueError(
+            f"{op} got {name} as a {value.dtype} tensor of {value.numel()} elements on {value.device}; "
+            f"expected one {dtype} element on {device}, or a plain number"
+        )
+    if value.requires_grad:
+        raise ValueError(f"{op} has no gradient for {name}; pass {name}.detach()")
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """The order in which kernels walk through a tensor: channels last where it is stored so, else row-major."""
+    channels_last = _CHANNELS_LAST.get(tensor.ndim)
+    if not tensor.is_contiguous() and channels_last and tensor.is_contiguous(memory_format=channels_last):
+        return channels_last
+    return torch.contiguous_format
+
+
+def dense(tensor: Tensor | None, order: torch.memory_format) -> Tensor | None:
+    """The tensor itself where a kernel can read it in this order, else a copy."""
+    if tensor is None:
+        return None
+    if tensor.dtype not in DTYPES:
+        tensor = tensor.float()
+    return tensor.contiguous(memory_format=order)
+
+
+def dense_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """float32 rows and the distance between two of them, 0 where all samples share one."""
+    rows = rows.float()
+    if rows.shape[1] > 1 and rows.stride(1) != 1:
+        rows = rows.contiguous()
+    return rows, rows.stride(0)

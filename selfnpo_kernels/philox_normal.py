@@ -1,0 +1,76 @@
+"""The noise of `forward_jump` itself, for those who need to see it."""
+
+import torch
+from torch import Tensor
+
+from selfnpo_kernels import operands, reference
+from selfnpo_kernels.dispatch import choose
+from selfnpo_kernels.forward_jump import check_noise, launch
+
+_NOISE_ALONE = torch.tensor([[0.0, 1.0]])
+
+
+def philox_normal(
+    shape: tuple[int, ...],
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    site: int = 0,
+    sample_ids: Tensor | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal noise from the counter-based generator Philox4x32-10 (Salmon et al., SC 2011).
+
+    Every number is a pure function of (seed, step, site, sample id, index inside the sample), whatever the batch, the device
+    and the backend; see `selfnpo_kernels.philox` for the counters. 4 bytes written per element of float32.
+
+    Args:
+        shape: `[B, ...]`, up to 2^34 elements per sample.
+        seed, step, site: unsigned integers of 64, 32 and 32 bits. Seed and step may be one int64 element on `device`.
+        sample_ids: `[B]` int64; by default 0 .. B - 1.
+        device: by default that of `sample_ids`.
+
+    Returns:
+        Row-major tensor of `shape` and `dtype`; in float64 the same noise with exact logarithms and cosines.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, numbers out of range.
+    """
+    shape = tuple(shape)
+    if not shape:
+        raise ValueError("philox_normal got an empty shape; expected [B, ...]")
+    if not dtype.is_floating_point:
+        raise ValueError(f"philox_normal got dtype {dtype}; expected a floating point one")
+    if sample_ids is None:
+        sample_ids = torch.arange(shape[0], device=device)
+    elif device is not None:
+        sample_ids = sample_ids.to(device)
+    check_noise("philox_normal", shape, sample_ids, sample_ids.device, site)
+    seed, seed_tensor = operands.counter("philox_normal", "seed", seed, 64, sample_ids.device)
+    step, step_tensor = operands.counter("philox_normal", "step", step, 32, sample_ids.device)
+    return torch.ops.selfnpo.philox_normal(shape, sample_ids, seed, seed_tensor, step, step_tensor, site, dtype)
+
+
+torch.library.define(
+    "selfnpo::philox_normal",
+    "(SymInt[] shape, Tensor sample_ids, SymInt seed, Tensor? seed_tensor, SymInt step, Tensor? step_tensor, int site, "
+    "ScalarType dtype) -> Tensor",
+)
+
+
+@torch.library.impl("selfnpo::philox_normal", "CompositeExplicitAutograd")
+def _philox_normal(shape, sample_ids, seed, seed_tensor, step, step_tensor, site, dtype):
+    seed, step = seed % 2**64 if seed_tensor is None else seed_tensor, step if step_tensor is None else step_tensor
+    out = torch.empty(shape, dtype=dtype, device=sample_ids.device)
+    backend = choose("philox_normal", out)
+    if backend == "reference":
+        working = torch.float64 if dtype == torch.float64 else torch.float32
+        return out.copy_(reference.philox_normal(shape, seed, step, site, sample_ids, working))
+    rows = _NOISE_ALONE.expand(shape[0], 2)
+    launch(backend, out, None, rows, sample_ids, seed, step, site, torch.contiguous_format)
+    return out
+
+
+@torch.library.register_fake("selfnpo::philox_normal")
+def _(shape, sample_ids, seed, seed_tensor, step, step_tensor, site, dtype):
+    return torch.empty(shape, dtype=dtype, device=sample_ids.device)
