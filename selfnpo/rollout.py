@@ -23,7 +23,7 @@ from tqdm import tqdm
 from selfnpo.models import PretrainedModel
 from selfnpo.randomness import Site, draw_index
 from selfnpo.schedule import Grid, step_rows
-from selfnpo_kernels import forward_jump, guided_step
+from selfnpo_kernels import forward_jump, guided_step, philox_normal
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ class Reference:
 
 def draw_noise(reference: Reference, seed: int, step: int, ids: Tensor) -> Tensor:
     """x_T of the trajectories `ids` `[B]`."""
-    zeros = torch.zeros(len(ids), *reference.base.sample_shape)
-    return forward_jump(zeros, torch.tensor([[0.0, 1.0]]).repeat(len(ids), 1), seed, step, ids, Site.START_NOISE)
+    return philox_normal((len(ids), *reference.base.sample_shape), seed, step, Site.START_NOISE, ids)
 
 
 def draw_condition(reference: Reference, seed: int, step: int, ids: Tensor) -> Tensor:

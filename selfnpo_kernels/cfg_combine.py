@@ -30,7 +30,8 @@ def cfg_combine(model_output: Tensor, guidance_scale: float | Tensor, guidance_r
     """
     if model_output.ndim == 0 or model_output.shape[0] % 2:
         raise ValueError(
-            f"cfg_combine got a model output of shape {tuple(model_output.shape)}; expected [negative; positive], an even batch"
+            f"cfg_combine got a model output of shape {tuple(model_output.shape)}; "
+            "expected [negative; positive], an even batch"
         )
     operands.check_kind("cfg_combine", "model_output", model_output)
     scale, scale_tensor = operands.scalar("cfg_combine", "guidance_scale", guidance_scale, model_output)
@@ -87,22 +88,21 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     model_output, scale_tensor = ctx.saved_tensors
     scale = ctx.scale if scale_tensor is None else scale_tensor
-    grad = grad.to(torch.float64 if ctx.dtype == torch.float64 else torch.float32)
-    grad_positive = 0.0
+    dtype = torch.float64 if ctx.dtype == torch.float64 else torch.float32
+    shape, grad, grad_positive = grad.shape, grad.to(dtype).unsqueeze(-1).flatten(1), 0.0
     if ctx.guidance_rescale:
         # out = c (f r + 1 - f), where c is the guided output, f the rescale and r = |p - mean p| / |c - mean c|.
-        axes, rescale = tuple(range(1, grad.ndim)), ctx.guidance_rescale
-        negative, positive = model_output.to(grad.dtype).chunk(2)
+        rescale = ctx.guidance_rescale
+        negative, positive = model_output.to(dtype).unsqueeze(-1).flatten(1).chunk(2)
         guided = negative + scale * (positive - negative)
-        centred_guided = guided - guided.mean(axes, keepdim=True)
-        centred_positive = positive - positive.mean(axes, keepdim=True)
-        guided2 = centred_guided.square().sum(axes, keepdim=True)
-        positive2 = centred_positive.square().sum(axes, keepdim=True)
+        centred_guided, centred_positive = guided - guided.mean(1, keepdim=True), positive - positive.mean(1, keepdim=True)
+        guided2, positive2 = (centred.square().sum(1, keepdim=True) for centred in (centred_guided, centred_positive))
         ratio = (positive2 / guided2).sqrt()
-        slope = rescale * ratio * (grad * guided).sum(axes, keepdim=True)
+        slope = rescale * ratio * (grad * guided).sum(1, keepdim=True)
         grad = grad * (rescale * ratio + 1 - rescale) - slope * centred_guided / guided2
         grad_positive = slope * centred_positive / positive2
-    return torch.cat(((1 - scale) * grad, scale * grad + grad_positive)).to(ctx.dtype), None, None, None
+    halves = ((1 - scale) * grad, scale * grad + grad_positive)
+    return torch.cat([half.reshape(shape) for half in halves]).to(ctx.dtype), None, None, None
 
 
 torch.library.register_autograd("selfnpo::cfg_combine", _backward, setup_context=_setup_context)

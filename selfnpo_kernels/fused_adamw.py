@@ -58,7 +58,7 @@ def fused_adamw_(
         emas, ema_lows: moving averages of the parameters, in the parameters' layout, updated after them.
 
     Raises:
-        ValueError: lists, shapes, dtypes, devices or memory that do not fit.
+        ValueError: lists, shapes, dtypes, devices or memory that do not fit; on the CPU also a step before the first.
     """
     lists = {
         "params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs,
@@ -66,9 +66,7 @@ def fused_adamw_(
     }  # fmt: skip
     _check(lists, {"step": step, "lr": lr, "grad_scale": grad_scale})
     if params:
-        torch.ops.selfnpo.fused_adamw_(
-            *lists.values(), step, lr, grad_scale, *betas, eps, weight_decay, ema_decay
-        )  # fmt: skip
+        torch.ops.selfnpo.fused_adamw_(*lists.values(), step, lr, grad_scale, *betas, eps, weight_decay, ema_decay)
 
 
 def _check(lists: dict[str, list[Tensor]], scalars: dict[str, Tensor | None]) -> None:
@@ -120,9 +118,12 @@ torch.library.define(
 @torch.library.impl("selfnpo::fused_adamw_", "CompositeExplicitAutograd")
 @torch.no_grad()
 def _fused_adamw_(
-    params, grads, exp_avgs, exp_avg_sqs, lows, emas, ema_lows, step, lr, grad_scale, beta1, beta2, eps, weight_decay, ema_decay
+    params, grads, exp_avgs, exp_avg_sqs, lows, emas, ema_lows, step, lr, grad_scale, beta1, beta2, eps, weight_decay,
+    ema_decay,
 ):  # fmt: skip
     device = params[0].device
+    if device.type == "cpu" and step.item() < 1:
+        raise ValueError(f"fused_adamw_ got step = {step.item()}; expected 1 or more: count the step before taking it")
     # The moments are float32 in every layout: they say whether the kernels' dtypes are at hand.
     if choose("fused_adamw_", exp_avgs[0], cuda="cpp") == "reference":
         reference.fused_adamw_(

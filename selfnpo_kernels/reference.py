@@ -106,10 +106,16 @@ def cfg_combine(model_output: Tensor, guidance_scale: float | Tensor, guidance_r
     negative, positive = model_output.to(_working_dtype(model_output)).chunk(2)
     combined = negative + guidance_scale * (positive - negative)
     if guidance_rescale:
-        axes = tuple(range(1, combined.ndim))
-        rescaled = combined * (positive.std(axes, keepdim=True) / combined.std(axes, keepdim=True))
-        combined = guidance_rescale * rescaled + (1 - guidance_rescale) * combined
+        ratio = _deviation(positive) / _deviation(combined)
+        factor = guidance_rescale * ratio + (1 - guidance_rescale)
+        combined = factor.reshape(-1, *[1] * (combined.ndim - 1)) * combined
     return combined.to(model_output.dtype)
+
+
+def _deviation(value: Tensor) -> Tensor:
+    """Standard deviation of every sample, up to a factor that cancels in a ratio."""
+    value = value.unsqueeze(-1).flatten(1)
+    return torch.linalg.vector_norm(value - value.mean(1, keepdim=True), dim=1)
 
 
 def x0_loss(
@@ -186,9 +192,9 @@ def fused_adamw_(
 ) -> None:
     """One step of AdamW (Loshchilov and Hutter, arXiv 1711.05101) on every parameter, and of the average that follows it.
 
-        g = grad_scale grad;   m += (1 - beta1) (g - m);   v = beta2 v + (1 - beta2) g^2
-        param = (1 - lr weight_decay) param - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
-        ema += (1 - ema_decay) (param - ema)
+    g = grad_scale grad;   m += (1 - beta1) (g - m);   v = beta2 v + (1 - beta2) g^2
+    param = (1 - lr weight_decay) param - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
+    ema += (1 - ema_decay) (param - ema)
     """
     correction1, correction2 = (1 - torch.tensor(beta, dtype=torch.float64) ** step.cpu() for beta in (beta1, beta2))
     step_size, correction2_sqrt = lr / correction1.to(lr), correction2.sqrt().to(lr)

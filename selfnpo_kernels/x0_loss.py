@@ -15,8 +15,8 @@ def x0_loss(
 
         d = p x_s + q m - k target;   l2: mean d^2;   huber: mean (sqrt(d^2 + c^2) - c)
 
-    Rows already hold the weight: k = 1 compares x_0, k = alpha_s / sigma_s compares epsilon. Per element of float32: 12 bytes
-    read forward; 12 read and 4 written backward. Sums are taken in a fixed order: the same bits every time.
+    Rows already hold the weight: k = 1 compares x_0, k = alpha_s / sigma_s compares epsilon. Per element of float32: 12
+    bytes read forward; 12 read and 4 written backward. Sums are taken in a fixed order: the same bits every time.
 
     Args:
         model_output, sample, target: `[B, ...]`, any floating point.

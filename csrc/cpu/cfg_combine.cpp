@@ -7,22 +7,33 @@ namespace selfnpo {
 namespace {
 
 struct Moments {
-    double positive = 0, positive2 = 0, guided = 0, guided2 = 0;
+    double count = 0, mean = 0, deviation2 = 0;
+
+    void add(const Moments& other) {
+        const double total = count + other.count, shift = other.mean - mean;
+        deviation2 += other.deviation2 + shift * shift * count * other.count / total;
+        mean += shift * other.count / total;
+        count = total;
+    }
 };
 
-SELFNPO_VECTORISED void accumulate(const float* values, int64_t count, double& sum, double& sum2) {
+SELFNPO_VECTORISED Moments moments_of(const float* values, int64_t count) {
     constexpr int kLanes = 16;
-    double lane[kLanes] = {}, lane2[kLanes] = {};
+    float lane[kLanes] = {}, lane2[kLanes] = {};
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
-        for (int k = 0; k < kLanes; ++k) {
-            const double value = values[i + k];
-            lane[k] += value;
-            lane2[k] += value * value;
-        }
+        for (int k = 0; k < kLanes; ++k) lane[k] += values[i + k];
     }
-    for (; i < count; ++i) lane[0] += values[i], lane2[0] += double{values[i]} * values[i];
-    for (int k = 0; k < kLanes; ++k) sum += lane[k], sum2 += lane2[k];
+    for (; i < count; ++i) lane[0] += values[i];
+    double sum = 0, deviation2 = 0;
+    for (int k = 0; k < kLanes; ++k) sum += lane[k];
+    const float mean = static_cast<float>(sum / static_cast<double>(count));
+    for (i = 0; i + kLanes <= count; i += kLanes) {
+        for (int k = 0; k < kLanes; ++k) lane2[k] += (values[i + k] - mean) * (values[i + k] - mean);
+    }
+    for (; i < count; ++i) lane2[0] += (values[i] - mean) * (values[i] - mean);
+    for (int k = 0; k < kLanes; ++k) deviation2 += lane2[k];
+    return {static_cast<double>(count), mean, deviation2};
 }
 
 }  // namespace
@@ -38,25 +49,21 @@ void cfg_combine(const CfgCombine& op, int threads) {
     std::vector<float> factor(op.batch, 1.0f);
     if (op.guidance_rescale != 0.0f) {
         const int64_t per_sample = (op.elements + kBlock - 1) / kBlock;
-        std::vector<Moments> blocks(op.batch * per_sample);
+        std::vector<Moments> positives(op.batch * per_sample), guideds(op.batch * per_sample);
         for_each_block(op.batch, op.elements, threads, [&](int64_t sample, int64_t begin, int64_t count) {
             Buffer buffer, guided;
             const float* positive;
             guided_block(sample * op.elements + begin, count, guided, positive, buffer);
-            Moments& moments = blocks[sample * per_sample + begin / kBlock];
-            accumulate(positive, count, moments.positive, moments.positive2);
-            accumulate(guided, count, moments.guided, moments.guided2);
+            positives[sample * per_sample + begin / kBlock] = moments_of(positive, count);
+            guideds[sample * per_sample + begin / kBlock] = moments_of(guided, count);
         });
         for (int64_t sample = 0; sample < op.batch; ++sample) {
-            Moments total;
-            for (int64_t block = 0; block < per_sample; ++block) {
-                const Moments& part = blocks[sample * per_sample + block];
-                total.positive += part.positive, total.positive2 += part.positive2;
-                total.guided += part.guided, total.guided2 += part.guided2;
+            Moments positive, guided;
+            for (int64_t block = sample * per_sample; block < (sample + 1) * per_sample; ++block) {
+                positive.add(positives[block]);
+                guided.add(guideds[block]);
             }
-            const double n = static_cast<double>(op.elements);
-            const double ratio = std::sqrt((total.positive2 - total.positive * total.positive / n) /
-                                           (total.guided2 - total.guided * total.guided / n));
+            const double ratio = std::sqrt(positive.deviation2 / guided.deviation2);
             factor[sample] = static_cast<float>(op.guidance_rescale * ratio + (1.0 - op.guidance_rescale));
         }
     }

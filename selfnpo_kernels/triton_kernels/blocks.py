@@ -1,0 +1,33 @@
+"""What the kernels share: which elements a program handles, and terms whose zero coefficient removes their operand."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024  # elements per program: two 16-byte accesses per thread and operand in float32
+
+
+def grid(batch: int, elements: int, block: int = BLOCK) -> tuple[tuple[int], int]:
+    """(grid, programs per sample): a program never spans two samples."""
+    blocks = triton.cdiv(elements, block)
+    return (batch * blocks,), blocks
+
+
+def value_and_pointer(value: float | int | Tensor, absent: Tensor) -> tuple[float | int, Tensor, bool]:
+    """Arguments for a scalar that may lie in device memory: (value, pointer, whether the pointer counts)."""
+    return (0, value, True) if isinstance(value, Tensor) else (value, absent, False)
+
+
+@triton.jit
+def locate(elements, blocks, BLOCK: tl.constexpr):
+    """(sample, index of this program's first element in the batch, offsets from it, mask)."""
+    program = tl.program_id(0)
+    sample = program // blocks
+    start = (program % blocks).to(tl.int64) * BLOCK
+    offset = tl.arange(0, BLOCK)
+    return sample, sample.to(tl.int64) * elements + start, offset, offset < elements - start
+
+
+@triton.jit
+def term(coefficient, value):
+    return tl.where(coefficient == 0.0, 0.0, coefficient * value)
