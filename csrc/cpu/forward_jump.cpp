@@ -1,24 +1,13 @@
 // x_s = a x_t + b z, the noise z drawn where it is used: each element is read once and written once.
-#include "../philox.h"
 #include "ops.h"
+#include "philox_words.h"
 
 namespace selfnpo {
 namespace {
 
-constexpr int64_t kCounters = kBlock / 4;
-
-// The normals of counters [first, first + count), four each; count is a multiple of 16.
-SELFNPO_VECTORISED void draw(float* __restrict normal, int64_t first, int64_t count, int64_t sample_id,
-                             const ForwardJump& op) {
-    uint32_t word[4][kCounters];
+// Four normals for each of `count` counters, side by side.
+SELFNPO_VECTORISED void box_muller_block(float* __restrict normal, const Words& word, int64_t count) {
     float plane[4][kCounters];
-    const uint32_t key0 = static_cast<uint32_t>(op.seed), key1 = static_cast<uint32_t>(op.seed >> 32);
-    for (int64_t i = 0; i < count; ++i) {
-        uint32_t c0 = static_cast<uint32_t>(first + i), c1 = op.step, c2 = op.site;
-        uint32_t c3 = static_cast<uint32_t>(sample_id);
-        philox_4x32(c0, c1, c2, c3, key0, key1);
-        word[0][i] = c0, word[1][i] = c1, word[2][i] = c2, word[3][i] = c3;
-    }
     for (int pair = 0; pair < 4; pair += 2) {
         for (int64_t i = 0; i < count; ++i) {
             box_muller(word[pair][i], word[pair + 1][i], plane[pair][i], plane[pair + 1][i]);
@@ -43,8 +32,14 @@ void forward_jump(const ForwardJump& op, int threads) {
         float normal[kBlock];
         const auto draw_run = [&](int64_t channel) {
             const int64_t logical = channel * op.positions + begin, skip = logical % 4;
-            const int64_t counters = (skip + count + 3) / 4;
-            if (b != 0.0f) draw(normal, logical / 4, (counters + 15) / 16 * 16, op.sample_ids[sample], op);
+            if (b != 0.0f) {
+                const Counters at = {static_cast<uint32_t>(logical / 4), op.step, op.site,
+                                     static_cast<uint32_t>(op.sample_ids[sample]), op.seed};
+                const int64_t counters = ((skip + count + 3) / 4 + 15) / 16 * 16;
+                Words word;
+                philox_words(at, counters, word);
+                box_muller_block(normal, word, counters);
+            }
             return normal + skip;
         };
         if (channels == 1) {

@@ -3,12 +3,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 // One body, compiled for several instruction sets; the loader picks the widest that the machine has.
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
+#define SELFNPO_X86
 #define SELFNPO_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), flatten))
 #else
 #define SELFNPO_VECTORISED
@@ -51,24 +50,13 @@ void prepare_output(const Tensor& tensor, int64_t elements);
 template <typename Body>
 void for_each_block(int64_t batch, int64_t elements, int threads, const Body& body, int64_t length = kBlock) {
     const int64_t per_sample = (elements + length - 1) / length, blocks = batch * per_sample;
-    const auto range = [&](int64_t first, int64_t last) {
-        for (int64_t block = first; block < last; ++block) {
-            const int64_t sample = block / per_sample, begin = block % per_sample * length;
-            body(sample, begin, std::min(length, elements - begin));
-        }
-    };
-    // A thread pays for its start from about 16 blocks on.
+    // A thread pays for itself from about 16 blocks on. OpenMP's threads are those that PyTorch works with.
     const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(threads, blocks / 16));
-    const int64_t share = (blocks + workers - 1) / workers;
-    std::vector<std::thread> others;
-    int64_t done = 0;
-    try {
-        for (; done + share < blocks; done += share) others.emplace_back(range, done, done + share);
-    } catch (const std::system_error&) {
-        // No more threads to be had: this one does the rest.
+#pragma omp parallel for num_threads(workers) schedule(static) if (workers > 1)
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t sample = block / per_sample, begin = block % per_sample * length;
+        body(sample, begin, std::min(length, elements - begin));
     }
-    range(done, blocks);
-    for (std::thread& other : others) other.join();
 }
 
 }  // namespace selfnpo

@@ -1,0 +1,47 @@
+"""What every benchmark's JSON says about where it ran, and the table at the end."""
+
+import subprocess
+from pathlib import Path
+
+import torch
+
+from selfnpo.env import describe
+
+HEADER = ("op", "size", "kernel ms", "eager ms", "compile ms", "x eager", "x compile", "GB/s", "of copy")
+
+
+def _git(*command: str) -> str:
+    done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info["selfnpo"] = describe() | {
+        "commit": _git("rev-parse", "HEAD"),
+        "changed files": _git("status", "--porcelain", "--untracked-files=no").splitlines(),
+    }
+    if torch.cuda.is_available():
+        import pynvml
+
+        pynvml.nvmlInit()
+        gpu = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        machine_info["selfnpo"]["driver"] = str(pynvml.nvmlSystemGetDriverVersion())
+        machine_info["selfnpo"]["clocks MHz"] = {
+            "sm": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
+            "sm max": pynvml.nvmlDeviceGetMaxClockInfo(gpu, pynvml.NVML_CLOCK_SM),
+            "memory": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
+        }
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    session = getattr(config, "_benchmarksession", None)
+    rows = [bench.extra_info["row"] for bench in session.benchmarks if "row" in bench.extra_info] if session else []
+    if not rows:
+        return
+    about = describe()
+    terminalreporter.section("fused ops against PyTorch")
+    terminalreporter.line(f"{about['gpu'] if torch.cuda.is_available() else about['cpu']}, torch {torch.__version__}")
+    terminalreporter.line("medians of interleaved rounds; of copy: bytes that the op must move, against tensor.copy_")
+    terminalreporter.line("")
+    for row in (HEADER, tuple("-" for _ in HEADER), *rows):
+        terminalreporter.line("| " + " | ".join(map(str, row)) + " |")
