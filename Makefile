@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 RUNS ?= runs
+NATIVE = $(wildcard csrc/*.* csrc/*/*.* tests/kernels/*.cu tests/kernels/cuda_on_cpu/*)
 
 .PHONY: demo test soak evaluate bench lint format env clean
 
@@ -22,15 +23,18 @@ evaluate: $(VENV)/installed  ## the README's table: every baseline, fresh rollou
 	$(BIN)/python -m selfnpo.evaluate --arms self-npo fresh random early shuffled --output_dir $(RUNS)/evaluation --overwrite
 
 bench: test  ## speed is never reported on a red test
-	$(BIN)/python -m pytest benchmarks --benchmark-only -q
+	mkdir -p $(RUNS)
+	$(BIN)/python -m pytest benchmarks --benchmark-only -q --benchmark-json=$(RUNS)/benchmark.json
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
 
 env: $(VENV)/installed  ## versions and kernels, for bug reports
 	$(BIN)/python -m selfnpo.env

@@ -1,5 +1,10 @@
-"""Builds the extension selfnpo_kernels._C with CMake and ninja; everything else is in pyproject.toml."""
+"""Builds the extension selfnpo_kernels._C with CMake and ninja; everything else is in pyproject.toml.
 
+CMAKE_ARGS adds arguments, for example CMAKE_ARGS=-DSELFNPO_CUDA=OFF for an extension without CUDA.
+"""
+
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +24,7 @@ class CMakeBuild(build_ext):
         configure = [
             "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={destination}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={destination}", *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)

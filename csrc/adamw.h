@@ -14,13 +14,24 @@
 
 namespace selfnpo {
 
+// Rounded once from double precision: 1 - 0.999f would be off by 1e-5 of itself.
 struct AdamWSettings {
-    float beta1, beta2, eps, weight_decay, ema_decay;
+    float beta2, rest1, rest2, log_beta1, log_beta2, eps, weight_decay, ema_weight;
+
+    AdamWSettings(double beta1, double beta2, double eps, double weight_decay, double ema_decay)
+        : beta2(static_cast<float>(beta2)),
+          rest1(static_cast<float>(1 - beta1)),
+          rest2(static_cast<float>(1 - beta2)),
+          log_beta1(static_cast<float>(std::log(beta1))),
+          log_beta2(static_cast<float>(std::log(beta2))),
+          eps(static_cast<float>(eps)),
+          weight_decay(static_cast<float>(weight_decay)),
+          ema_weight(static_cast<float>(1 - ema_decay)) {}
 };
 
 // What one step's updates share.
 struct AdamWStep {
-    float grad_scale, decay, step_size, beta1, beta2, correction2_sqrt, eps, ema_weight;
+    float grad_scale, decay, step_size, rest1, beta2, rest2, correction2_sqrt, eps, ema_weight;
 };
 
 // One tensor: `low` and `ema_low` hold the low halves of split weights, or are absent where weights are float32.
@@ -37,16 +48,24 @@ struct AdamWTensor {
 SELFNPO_INLINE AdamWStep adamw_step(const AdamWSettings& settings, int64_t step, float lr, float grad_scale) {
     // 1 - beta^step without the cancellation at small steps.
     const float count = static_cast<float>(step);
-    const float correction1 = -expm1f(count * log1pf(settings.beta1 - 1.0f));
-    const float correction2 = -expm1f(count * log1pf(settings.beta2 - 1.0f));
-    return {grad_scale,     1.0f - lr * settings.weight_decay, lr / correction1, settings.beta1,
-            settings.beta2, sqrtf(correction2),                settings.eps,     1.0f - settings.ema_decay};
+    const float correction1 = -expm1f(count * settings.log_beta1), correction2 = -expm1f(count * settings.log_beta2);
+    AdamWStep now;
+    now.grad_scale = grad_scale;
+    now.decay = 1.0f - lr * settings.weight_decay;
+    now.step_size = lr / correction1;
+    now.rest1 = settings.rest1;
+    now.beta2 = settings.beta2;
+    now.rest2 = settings.rest2;
+    now.correction2_sqrt = sqrtf(correction2);
+    now.eps = settings.eps;
+    now.ema_weight = settings.ema_weight;
+    return now;
 }
 
 SELFNPO_INLINE void adamw(float& param, float& exp_avg, float& exp_avg_sq, float grad, const AdamWStep& step) {
     grad *= step.grad_scale;
-    exp_avg += (1.0f - step.beta1) * (grad - exp_avg);
-    exp_avg_sq = step.beta2 * exp_avg_sq + (1.0f - step.beta2) * grad * grad;
+    exp_avg += step.rest1 * (grad - exp_avg);
+    exp_avg_sq = step.beta2 * exp_avg_sq + step.rest2 * grad * grad;
     const float denominator = sqrtf(exp_avg_sq) / step.correction2_sqrt + step.eps;
     param = param * step.decay - step.step_size * (exp_avg / denominator);
 }
@@ -62,6 +81,7 @@ SELFNPO_INLINE float join(uint16_t high, int16_t low) {
 SELFNPO_INLINE void split(float value, uint16_t& high, int16_t& low) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
+    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) bits = 0x7FC00000u;  // a NaN of all ones, as GPUs make it, would round to -0
     high = static_cast<uint16_t>((bits + 0x8000u) >> 16);
     low = static_cast<int16_t>(bits & 0xFFFFu);
 }

@@ -20,9 +20,7 @@ using Address = uintptr_t;
 using Typed = std::pair<Address, int>;
 
 Tensor output(Typed tensor) { return {reinterpret_cast<void*>(tensor.first), static_cast<Dtype>(tensor.second)}; }
-ConstTensor input(Typed tensor) {
-    return {reinterpret_cast<const void*>(tensor.first), static_cast<Dtype>(tensor.second)};
-}
+ConstTensor input(Typed tensor) { return {reinterpret_cast<const void*>(tensor.first), static_cast<Dtype>(tensor.second)}; }
 Rows rows_of(std::pair<Address, int64_t> rows) { return {reinterpret_cast<const float*>(rows.first), rows.second}; }
 
 // One tuple per tensor: param, low, grad, exp_avg, exp_avg_sq, ema, ema_low (addresses, 0 where absent), elements.
@@ -79,24 +77,24 @@ PYBIND11_MODULE(_C, module) {
         "x0_loss",
         [](Typed sample, Typed model_output, Typed target, std::pair<Address, int64_t> rows, bool huber, float huber_c,
            int64_t batch, int64_t elements, int threads) {
-            return x0_loss({input(sample), input(model_output), input(target), rows_of(rows), huber, huber_c, batch,
-                            elements},
-                           threads);
+            return x0_loss(
+                {input(sample), input(model_output), input(target), rows_of(rows), huber, huber_c, batch, elements},
+                threads);
         },
         unlocked());
     module.def(
         "x0_loss_backward",
         [](Typed grad, float scale, int operand, Typed sample, Typed model_output, Typed target,
            std::pair<Address, int64_t> rows, bool huber, float huber_c, int64_t batch, int64_t elements, int threads) {
-            x0_loss_backward({input(sample), input(model_output), input(target), rows_of(rows), huber, huber_c, batch,
-                              elements},
-                             output(grad), scale, operand, threads);
+            x0_loss_backward(
+                {input(sample), input(model_output), input(target), rows_of(rows), huber, huber_c, batch, elements},
+                output(grad), scale, operand, threads);
         },
         unlocked());
     module.def(
         "fused_adamw",
-        [](const std::vector<AdamWAddresses>& addresses, int grad_dtype, float beta1, float beta2, float eps,
-           float weight_decay, float ema_decay, int64_t step, float lr, float grad_scale, int threads) {
+        [](const std::vector<AdamWAddresses>& addresses, int grad_dtype, double beta1, double beta2, double eps,
+           double weight_decay, double ema_decay, int64_t step, float lr, float grad_scale, int threads) {
             const AdamWStep now = adamw_step({beta1, beta2, eps, weight_decay, ema_decay}, step, lr, grad_scale);
             fused_adamw(adamw_tensors(addresses), static_cast<Dtype>(grad_dtype), now, threads);
         },
@@ -104,13 +102,12 @@ PYBIND11_MODULE(_C, module) {
 #ifdef SELFNPO_CUDA_ARCHITECTURES
     module.def(
         "fused_adamw_cuda",
-        [](const std::vector<AdamWAddresses>& addresses, int grad_dtype, float beta1, float beta2, float eps,
-           float weight_decay, float ema_decay, Address step, Address lr, Address grad_scale, int device,
-           Address stream) {
-            const std::string error = fused_adamw_cuda(
-                adamw_tensors(addresses), grad_dtype, {beta1, beta2, eps, weight_decay, ema_decay},
-                reinterpret_cast<const int64_t*>(step), reinterpret_cast<const float*>(lr),
-                reinterpret_cast<const float*>(grad_scale), device, stream);
+        [](const std::vector<AdamWAddresses>& addresses, int grad_dtype, double beta1, double beta2, double eps,
+           double weight_decay, double ema_decay, Address step, Address lr, Address grad_scale, int device, Address stream) {
+            const std::string error =
+                fused_adamw_cuda(adamw_tensors(addresses), grad_dtype, {beta1, beta2, eps, weight_decay, ema_decay},
+                                 reinterpret_cast<const int64_t*>(step), reinterpret_cast<const float*>(lr),
+                                 reinterpret_cast<const float*>(grad_scale), device, stream);
             if (!error.empty()) throw std::runtime_error("fused_adamw_ on CUDA: " + error);
         },
         unlocked());

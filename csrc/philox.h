@@ -69,8 +69,8 @@ inline void sin_cos(float angle, float& sine, float& cosine) {
     const float r = ((angle - j * 1.5703125f) - j * 4.83751296997e-4f) - j * 7.54978995489e-8f;
     const float r2 = r * r;
     const float s = ((-1.9515295891e-4f * r2 + 8.3321608736e-3f) * r2 - 1.6666654611e-1f) * r2 * r + r;
-    const float c = ((2.443315711809948e-5f * r2 - 1.388731625493765e-3f) * r2 + 4.166664568298827e-2f) * r2 * r2 -
-                    0.5f * r2 + 1.0f;
+    const float c =
+        ((2.443315711809948e-5f * r2 - 1.388731625493765e-3f) * r2 + 4.166664568298827e-2f) * r2 * r2 - 0.5f * r2 + 1.0f;
     const uint32_t odd = 0u - (quadrant & 1u);  // all ones where sine and cosine trade places
     const uint32_t s_bits = float_to_bits(s), c_bits = float_to_bits(c);
     sine = bits_to_float(((s_bits & ~odd) | (c_bits & odd)) ^ ((quadrant & 2u) << 30));

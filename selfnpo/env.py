@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from selfnpo.cli import run
-from selfnpo_kernels import extension
+from selfnpo_kernels import dispatch, extension
 
 PACKAGES = ("selfnpo", "torch", "triton", "diffusers", "transformers", "accelerate", "safetensors", "xformers", "numpy")
 
@@ -42,6 +42,7 @@ def describe() -> dict[str, str]:
         "cpu": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
         "gpu": _gpus(),
         "cuda (torch)": torch.version.cuda or "none",
+        "kernels": dispatch.describe(),
         "selfnpo_kernels._C": extension.describe(),
     } | {package: _version(package) for package in PACKAGES}
 

@@ -75,7 +75,7 @@ def _obstacle(op: str, name: str, tensor: Tensor, cuda: str) -> str | None:
         if extension._C is None:
             return f"the extension is {extension.describe()}"
         if device == "cuda" and cuda == "cpp":
-            return None if extension._C.cuda_architectures else f"the extension is {extension.describe()}"
+            return _cuda_obstacle(tensor.device)
         return None if device == "cpu" else f"it runs on the CPU, the tensor is on {tensor.device}; use triton or reference"
     if cuda != "triton":
         return "it has no Triton kernel; use cpp or reference"
@@ -84,6 +84,15 @@ def _obstacle(op: str, name: str, tensor: Tensor, cuda: str) -> str | None:
     if device == "cuda" or (device == "cpu" and _interpreting()):
         return None
     return f"it runs on CUDA devices, the tensor is on {tensor.device} (TRITON_INTERPRET=1 runs its interpreter on the CPU)"
+
+
+def _cuda_obstacle(device: torch.device) -> str | None:
+    if not extension._C.cuda_architectures:
+        return f"the extension is {extension.describe()}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the extension's CUDA kernels need sm_80 or later, this GPU is sm_{major}{minor}"
+    return None
 
 
 @cache

@@ -27,5 +27,5 @@ def describe() -> str:
     """One line on the state of the extension."""
     if _C is None:
         return f"not available ({failure}); rebuild it with pip install --no-deps ."
-    cuda = f"CUDA by {_C.cuda_architectures}" if _C.cuda_architectures else "no CUDA: no nvcc was found at installation"
+    cuda = f"CUDA by {_C.cuda_architectures}" if _C.cuda_architectures else "no CUDA: built without nvcc"
     return f"built by {_C.compiler}, {cuda}"

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from selfnpo_kernels import extension, reference
 from selfnpo_kernels.dispatch import choose
+from selfnpo_kernels.operands import memory_format
 
 
 def fused_adamw_(
@@ -65,7 +66,9 @@ def fused_adamw_(
         "lows": lows or [], "emas": emas or [], "ema_lows": ema_lows or [],
     }  # fmt: skip
     _check(lists, {"step": step, "lr": lr, "grad_scale": grad_scale})
-    if params:
+    if not params:
+        return
+    with torch.no_grad():
         torch.ops.selfnpo.fused_adamw_(*lists.values(), step, lr, grad_scale, *betas, eps, weight_decay, ema_decay)
 
 
@@ -96,8 +99,11 @@ def _check(lists: dict[str, list[Tensor]], scalars: dict[str, Tensor | None]) ->
                 )
             if name != "grads" and tensor.stride() != param.stride():
                 raise ValueError(f"fused_adamw_ got {name} stored unlike its parameter: {tensor.stride()}, {param.stride()}")
-            if name == "params" and not torch._prims_common.is_non_overlapping_and_dense_or_false(tensor):
-                raise ValueError(f"fused_adamw_ got a parameter with gaps or overlaps, strides {tensor.stride()}; clone it")
+            if name == "params" and not tensor.is_contiguous(memory_format=memory_format(tensor)):
+                raise ValueError(
+                    f"fused_adamw_ got a parameter {tuple(tensor.shape)} with strides {tensor.stride()}; "
+                    "expected it row-major or channels last, as contiguous() makes it"
+                )
     for name, value in scalars.items():
         dtype = torch.int64 if name == "step" else torch.float32
         if value is not None and (value.numel() != 1 or value.dtype != dtype or value.device != device):
@@ -116,7 +122,6 @@ torch.library.define(
 
 
 @torch.library.impl("selfnpo::fused_adamw_", "CompositeExplicitAutograd")
-@torch.no_grad()
 def _fused_adamw_(
     params, grads, exp_avgs, exp_avg_sqs, lows, emas, ema_lows, step, lr, grad_scale, beta1, beta2, eps, weight_decay,
     ema_decay,

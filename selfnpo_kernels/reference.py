@@ -164,6 +164,7 @@ def split_weights(weights: Tensor) -> tuple[Tensor, Tensor]:
     The bits of the two add up: bits(weights) = (bits(high) << 16) + low.
     """
     bits = weights.view(torch.int32)
+    bits = torch.where(weights.isnan(), 0x7FC00000, bits)  # a NaN of all ones, as GPUs make it, would round to -0
     high = ((bits.long() + 0x8000) >> 16 << 16).to(torch.int32)
     return high.view(torch.float32).to(torch.bfloat16), (bits - high).to(torch.int16)
 

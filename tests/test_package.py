@@ -1,6 +1,7 @@
 """What pip installs."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,9 +29,8 @@ def test_the_wheel_holds_the_extension_and_the_demo_without_network_or_torch(tmp
         str(tmp_path),
         ".",
     ]
-    done = subprocess.run(
-        build, cwd=source, env={**os.environ, "PYTHONPATH": str(source / "hide")}, capture_output=True, text=True
-    )
+    environment = {**os.environ, "PYTHONPATH": str(source / "hide"), "CMAKE_ARGS": "-DSELFNPO_CUDA=OFF"}
+    done = subprocess.run(build, cwd=source, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -39,6 +39,17 @@ def test_the_wheel_holds_the_extension_and_the_demo_without_network_or_torch(tmp
     assert [info.filename for info in weights] == ["selfnpo/world/weights/transformer/diffusion_pytorch_model.safetensors"]
     assert weights[0].file_size < 2_000_000
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"selfnpo", "selfnpo_kernels"}
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    code = "from selfnpo_kernels import extension, triton_kernels; print(extension.describe())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "installed", capture_output=True, text=True, check=True
+    )
+    assert "no CUDA: built without nvcc" in done.stdout
+
+
+def test_the_readme_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(code, {})
 
 
 def test_env_tells_what_runs_here():

@@ -9,9 +9,8 @@ inline float term(float coefficient, float value) { return coefficient == 0.0f ?
 
 // All streams of memory in one loop, so that the processor fetches them side by side.
 template <bool kPrev, bool kUncond>
-inline void step(float* __restrict prev, float* __restrict original, const float* __restrict x,
-                 const float* __restrict cond, const float* __restrict uncond, const float* row, float scale,
-                 int64_t count) {
+inline void step(float* __restrict prev, float* __restrict original, const float* __restrict x, const float* __restrict cond,
+                 const float* __restrict uncond, const float* row, float scale, int64_t count) {
     const float p0 = row[0], q0 = row[1], p1 = kPrev ? row[2] : 0.0f, q1 = kPrev ? row[3] : 0.0f;
     for (int64_t i = 0; i < count; ++i) {
         const float m = kUncond ? uncond[i] + scale * (cond[i] - uncond[i]) : cond[i];

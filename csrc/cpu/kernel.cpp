@@ -77,8 +77,8 @@ void finish(const Tensor& tensor, int64_t begin, int64_t count, const float* buf
     (tensor.dtype == Dtype::bfloat16 ? to_bfloat16 : to_float16)(buffer, data, count);
 }
 
-SELFNPO_VECTORISED void affine(float* __restrict out, float a, const float* __restrict x, float b,
-                               const float* __restrict y, int64_t count) {
+SELFNPO_VECTORISED void affine(float* __restrict out, float a, const float* __restrict x, float b, const float* __restrict y,
+                               int64_t count) {
     if (a == 0.0f && b == 0.0f) {
         std::fill(out, out + count, 0.0f);
     } else if (b == 0.0f) {

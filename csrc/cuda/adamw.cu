@@ -143,17 +143,19 @@ using Kernel = void (*)(const Table, const AdamWSettings, const int64_t*, const 
 
 Kernel choose(int grad_dtype, bool split) {
     switch (grad_dtype) {
-        case 0: return split ? update<float, true> : update<float, false>;
-        case 1: return split ? update<__nv_bfloat16, true> : update<__nv_bfloat16, false>;
-        default: return split ? update<__half, true> : update<__half, false>;
+        case 0:
+            return split ? update<float, true> : update<float, false>;
+        case 1:
+            return split ? update<__nv_bfloat16, true> : update<__nv_bfloat16, false>;
+        default:
+            return split ? update<__half, true> : update<__half, false>;
     }
 }
 
 }  // namespace
 
 std::string fused_adamw_cuda(const std::vector<AdamWTensor>& tensors, int grad_dtype, const AdamWSettings& settings,
-                             const int64_t* step, const float* lr, const float* grad_scale, int device,
-                             uintptr_t stream) {
+                             const int64_t* step, const float* lr, const float* grad_scale, int device, uintptr_t stream) {
     int before = 0;
     cudaError_t error = cudaGetDevice(&before);
     if (error == cudaSuccess) error = cudaSetDevice(device);
@@ -171,10 +173,10 @@ std::string fused_adamw_cuda(const std::vector<AdamWTensor>& tensors, int grad_d
         }
         if (table.count == 0) return "a parameter is too large for one launch";
         if (blocks == 0) continue;
-        const Kernel kernel = choose(grad_dtype, tensors.front().low != nullptr);
-        kernel<<<static_cast<unsigned>(blocks), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
-            table, settings, step, lr, grad_scale);
-        error = cudaGetLastError();
+        AdamWSettings by_value = settings;
+        void* arguments[] = {&table, &by_value, &step, &lr, &grad_scale};
+        error = cudaLaunchKernel(choose(grad_dtype, tensors.front().low != nullptr), dim3(static_cast<unsigned>(blocks)),
+                                 dim3(kThreads), arguments, 0, reinterpret_cast<cudaStream_t>(stream));
     }
     cudaSetDevice(before);
     return error == cudaSuccess ? "" : cudaGetErrorString(error);

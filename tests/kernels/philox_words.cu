@@ -34,8 +34,8 @@ static bool run_on_device([[maybe_unused]] std::vector<Case>& cases) {
 int main() {
     std::vector<Case> cases;
     Case c;
-    while (std::scanf("%u %u %u %u %u %u", &c.counter[0], &c.counter[1], &c.counter[2], &c.counter[3], &c.key[0], &c.key[1]) ==
-           6) {
+    while (std::scanf("%u %u %u %u %u %u", &c.counter[0], &c.counter[1], &c.counter[2], &c.counter[3], &c.key[0],
+                      &c.key[1]) == 6) {
         cases.push_back(c);
     }
     if (!run_on_device(cases)) {

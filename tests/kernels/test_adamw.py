@@ -35,7 +35,7 @@ def run(device, steps, **options):
 
 def test_is_torch_adamw_with_clipping_and_average(device):
     params, ours = ([param.requires_grad_() for param in tensors(device)] for _ in range(2))
-    optimizer = torch.optim.AdamW(params, lr=3e-2, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-6)
+    optimizer = torch.optim.AdamW(params, lr=3e-2, weight_decay=0.1, eps=1e-6)
     average = copy.deepcopy(params)
     ema = [param.detach().clone() for param in ours]
     first, second = ([torch.zeros_like(param) for param in ours] for _ in range(2))
@@ -52,9 +52,10 @@ def test_is_torch_adamw_with_clipping_and_average(device):
         step += 1
         fused_adamw_(
             ours, grads, first, second, step=step, lr=lr, grad_scale=(1.0 / (norm + 1e-6)).clamp(max=1.0), emas=ema,
-            betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1, ema_decay=0.9,
+            eps=1e-6, weight_decay=0.1, ema_decay=0.9,
         )  # fmt: skip
-    for mine, theirs in zip([*ours, *ema], [*params, *average], strict=True):
+    moments = [optimizer.state[param][name] for name in ("exp_avg", "exp_avg_sq") for param in params]
+    for mine, theirs in zip([*ours, *ema, *first, *second], [*params, *average, *moments], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2e-6, atol=2e-7)
 
 
@@ -65,6 +66,18 @@ def test_split_weights_lose_nothing(device):
     nearest = values[:-2].to(device).bfloat16()
     ties = (values[:-2].to(device).view(torch.int32) & 0xFFFF) == 0x8000
     assert high[:-2][~ties].equal(nearest[~ties])
+
+
+def test_a_broken_weight_stays_visible(device):
+    """The bfloat16 half of a NaN is a NaN, whatever its bits."""
+    for bits in (0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001):
+        nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32).to(device)
+        assert split_weights(nan)[0].isnan()
+        high, low = (half.clone() for half in split_weights(torch.ones(1, device=device)))
+        first, second = torch.zeros(1, device=device), torch.zeros(1, device=device)
+        step, lr = torch.tensor(1, device=device), torch.tensor(0.1, device=device)
+        fused_adamw_([high], [nan], [first], [second], step=step, lr=lr, lows=[low])
+        assert high.isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -80,7 +80,10 @@ def adamw(**change):
         ({"lows": [torch.zeros(3, 4).short()]}, "params as torch.float32.*expected torch.bfloat16"),
         ({"emas": [torch.zeros(3, 4)], "ema_lows": [torch.zeros(3, 4).short()]}, "ema_lows exactly where lows is"),
         ({"exp_avgs": [torch.zeros(4, 3).T]}, "exp_avgs stored unlike its parameter"),
-        ({name: [torch.zeros(3, 1).expand(3, 4)] for name in ("params", "exp_avgs", "exp_avg_sqs")}, "gaps or overlaps"),
+        (
+            {name: [torch.zeros(3, 1).expand(3, 4)] for name in ("params", "exp_avgs", "exp_avg_sqs")},
+            "row-major or channels last",
+        ),
         ({"step": torch.tensor(1.0)}, "step as torch.float32.*expected one torch.int64"),
         ({"step": torch.tensor(0)}, "step = 0; expected 1 or more"),
         ({"lr": torch.zeros(2)}, r"lr as torch.float32 \(2,\)"),
