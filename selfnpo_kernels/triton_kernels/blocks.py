@@ -22,10 +22,10 @@ def value_and_pointer(value: float | int | Tensor, absent: Tensor) -> tuple[floa
 def locate(elements, blocks, BLOCK: tl.constexpr):
     """(sample, index of this program's first element in the batch, offsets from it, mask)."""
     program = tl.program_id(0)
-    sample = program // blocks
+    sample = (program // blocks).to(tl.int64)
     start = (program % blocks).to(tl.int64) * BLOCK
     offset = tl.arange(0, BLOCK)
-    return sample, sample.to(tl.int64) * elements + start, offset, offset < elements - start
+    return sample, sample * elements + start, offset, offset < elements - start
 
 
 @triton.jit

@@ -74,14 +74,14 @@ def philox_4x32(c0, seed, step, site, sample_id):
     return c0, c1, c2, c3
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "step", "site"])  # they change; the machine code need not
 def forward_jump_kernel(
     out, sample, rows, row_stride, sample_ids, seed, seed_pointer, step, step_pointer, site, channels, positions, blocks,
     HAS_SAMPLE: tl.constexpr, HAS_SEED_POINTER: tl.constexpr, HAS_STEP_POINTER: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, WHOLE: tl.constexpr, COUNTERS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    index = program // blocks
+    index = (program // blocks).to(tl.int64)
     elements = channels.to(tl.int64) * positions
     first = (program % blocks).to(tl.int64) * COUNTERS
     lane = tl.arange(0, COUNTERS)
@@ -94,12 +94,12 @@ def forward_jump_kernel(
         logical = lane[:, None] * 4 + within[None, :]
         mask = logical < elements
         offset = (logical % positions) * channels + logical // positions
-        base = index.to(tl.int64) * elements
+        base = index * elements
     else:
         counter = first.to(tl.uint32) + lane.to(tl.uint32)
         offset = lane[:, None] * 4 + within[None, :]
         mask = offset < elements - first * 4
-        base = index.to(tl.int64) * elements + first * 4
+        base = index * elements + first * 4
 
     if HAS_SEED_POINTER:
         seed = tl.load(seed_pointer)
