@@ -157,7 +157,7 @@ def bench_optimizer(benchmark, size):
 
 def report(benchmark, op, size, arms, op_bytes, copy_bytes):
     """Interleaved rounds of all arms; pytest-benchmark keeps the kernel's own, `extra_info` the rest."""
-    rounds = 50 if op_bytes < 1e8 else 7
+    rounds = 50 if op_bytes < 1e8 else 15
     timers = {name: timer(function, DEVICE) for name, function in arms.items()}
     seconds = interleaved(timers, rounds)
     middle = {name: quartiles(values)[1] for name, values in seconds.items()}

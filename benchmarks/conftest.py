@@ -1,6 +1,8 @@
 """What every benchmark's JSON says about where it ran, and the table at the end."""
 
+import ctypes
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -8,6 +10,18 @@ import torch
 from selfnpo.env import describe
 
 HEADER = ("op", "size", "kernel ms", "eager ms", "compile ms", "x eager", "x compile", "GB/s", "of copy")
+
+
+def pytest_configure():
+    """Memory that an arm frees is there for the next one, as GPU allocators keep it.
+
+    Otherwise the system maps and zeroes every large result anew, for all arms alike, and the time of that is what one sees.
+    """
+    if sys.platform == "linux":
+        m_mmap_max, m_trim_threshold = -4, -1
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)
 
 
 def _git(*command: str) -> str:

@@ -15,21 +15,21 @@ inline float difference(const Coefficients& row, float x, float m, float t) {
     return (row.p == 0.0f ? 0.0f : row.p * x) + (row.q == 0.0f ? 0.0f : row.q * m) + (row.k == 0.0f ? 0.0f : -row.k * t);
 }
 
-SELFNPO_VECTORISED double sum_of_losses(const Coefficients row, const float* x, const float* m, const float* t,
-                                        int64_t count, bool huber, float c) {
-    constexpr int kLanes = 16;
-    float lane[kLanes] = {};
-    const auto loss = [&](int64_t i) {
+SELFNPO_VECTORISED double sum_of_losses(const Coefficients row, const float* __restrict x, const float* __restrict m,
+                                        const float* __restrict t, int64_t count, bool huber, float c) {
+    Buffer loss;
+    for (int64_t i = 0; i < count; ++i) {
         const float d = difference(row, x[i], m[i], t[i]), d2 = d * d;
-        return huber ? d2 / (std::sqrt(d2 + c * c) + c) : d2;  // sqrt(d^2 + c^2) - c without its cancellation
-    };
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-        for (int k = 0; k < kLanes; ++k) lane[k] += loss(i + k);
+        loss[i] = huber ? d2 / (std::sqrt(d2 + c * c) + c) : d2;  // sqrt(d^2 + c^2) - c without its cancellation
     }
-    for (; i < count; ++i) lane[0] += loss(i);
+    constexpr int64_t kLanes = 16;
+    float lane[kLanes] = {};
+    for (int64_t i = 0; i + kLanes <= count; i += kLanes) {
+        for (int64_t k = 0; k < kLanes; ++k) lane[k] += loss[i + k];
+    }
     double sum = 0;
-    for (int k = 0; k < kLanes; ++k) sum += lane[k];
+    for (const float part : lane) sum += part;
+    for (int64_t i = count / kLanes * kLanes; i < count; ++i) sum += loss[i];
     return sum;
 }
 
