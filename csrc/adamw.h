@@ -3,14 +3,8 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 
-#ifdef __CUDACC__
-#define SELFNPO_INLINE __host__ __device__ __forceinline__
-#else
-#define SELFNPO_INLINE inline
-#endif
+#include "bits.h"
 
 namespace selfnpo {
 
@@ -45,7 +39,7 @@ struct AdamWTensor {
     int64_t elements;
 };
 
-SELFNPO_INLINE AdamWStep adamw_step(const AdamWSettings& settings, int64_t step, float lr, float grad_scale) {
+SELFNPO_ANYWHERE AdamWStep adamw_step(const AdamWSettings& settings, int64_t step, float lr, float grad_scale) {
     // 1 - beta^step without the cancellation at small steps.
     const float count = static_cast<float>(step);
     const float correction1 = -expm1f(count * settings.log_beta1), correction2 = -expm1f(count * settings.log_beta2);
@@ -62,7 +56,7 @@ SELFNPO_INLINE AdamWStep adamw_step(const AdamWSettings& settings, int64_t step,
     return now;
 }
 
-SELFNPO_INLINE void adamw(float& param, float& exp_avg, float& exp_avg_sq, float grad, const AdamWStep& step) {
+SELFNPO_ANYWHERE void adamw(float& param, float& exp_avg, float& exp_avg_sq, float grad, const AdamWStep& step) {
     grad *= step.grad_scale;
     exp_avg += step.rest1 * (grad - exp_avg);
     exp_avg_sq = step.beta2 * exp_avg_sq + step.rest2 * grad * grad;
@@ -71,16 +65,12 @@ SELFNPO_INLINE void adamw(float& param, float& exp_avg, float& exp_avg_sq, float
 }
 
 // A float32 weight is the sum of its nearest bfloat16, as bits, and a signed 16-bit remainder: nothing is lost.
-SELFNPO_INLINE float join(uint16_t high, int16_t low) {
-    const uint32_t bits = (static_cast<uint32_t>(high) << 16) + static_cast<uint32_t>(static_cast<int32_t>(low));
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
+SELFNPO_ANYWHERE float join(uint16_t high, int16_t low) {
+    return bits_to_float((static_cast<uint32_t>(high) << 16) + static_cast<uint32_t>(static_cast<int32_t>(low)));
 }
 
-SELFNPO_INLINE void split(float value, uint16_t& high, int16_t& low) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
+SELFNPO_ANYWHERE void split(float value, uint16_t& high, int16_t& low) {
+    uint32_t bits = float_to_bits(value);
     if ((bits & 0x7FFFFFFFu) > 0x7F800000u) bits = 0x7FC00000u;  // a NaN of all ones, as GPUs make it, would round to -0
     high = static_cast<uint16_t>((bits + 0x8000u) >> 16);
     low = static_cast<int16_t>(bits & 0xFFFFu);

@@ -4,14 +4,8 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 
-#ifdef __CUDACC__
-#define SELFNPO_ANYWHERE __host__ __device__ inline
-#else
-#define SELFNPO_ANYWHERE inline
-#endif
+#include "bits.h"
 
 namespace selfnpo {
 
@@ -26,18 +20,6 @@ SELFNPO_ANYWHERE void philox_4x32(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint
         key0 += 0x9E3779B9;
         key1 += 0xBB67AE85;
     }
-}
-
-inline float bits_to_float(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline uint32_t float_to_bits(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
 }
 
 // Natural logarithm of a normal positive float, within 1 ulp: x = m 2^e with m in [sqrt(1/2), sqrt(2)), then the Cephes

@@ -1,6 +1,6 @@
 #include "kernel.h"
 
-#include <cstring>
+#include "../bits.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -9,26 +9,14 @@
 namespace selfnpo {
 namespace {
 
-inline float as_float(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline uint32_t as_bits(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
 SELFNPO_VECTORISED void from_bfloat16(const uint16_t* __restrict in, float* __restrict out, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) out[i] = as_float(uint32_t{in[i]} << 16);
+    for (int64_t i = 0; i < count; ++i) out[i] = bits_to_float(uint32_t{in[i]} << 16);
 }
 
 // To nearest, ties to even; NaN stays NaN.
 SELFNPO_VECTORISED void to_bfloat16(const float* __restrict in, uint16_t* __restrict out, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-        const uint32_t bits = as_bits(in[i]);
+        const uint32_t bits = float_to_bits(in[i]);
         const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
         out[i] = static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
     }
@@ -40,18 +28,19 @@ SELFNPO_VECTORISED void from_float16(const uint16_t* __restrict in, float* __res
         // Rebias the exponent from 15 to 127; infinities and NaN need it twice, subnormals are renormalised exactly.
         const uint32_t normal = magnitude + (112u << 23);
         const uint32_t special = magnitude + (224u << 23);
-        const uint32_t subnormal = as_bits(as_float(magnitude + (113u << 23)) - as_float(113u << 23));
+        const uint32_t subnormal = float_to_bits(bits_to_float(magnitude + (113u << 23)) - bits_to_float(113u << 23));
         const uint32_t value = magnitude >= (31u << 23) ? special : magnitude < (1u << 23) ? subnormal : normal;
-        out[i] = as_float(value | sign);
+        out[i] = bits_to_float(value | sign);
     }
 }
 
 // To nearest, ties to even; overflow becomes infinity, NaN stays NaN.
 SELFNPO_VECTORISED void to_float16(const float* __restrict in, uint16_t* __restrict out, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-        const uint32_t bits = as_bits(in[i]), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7FFFFFFF;
+        const uint32_t bits = float_to_bits(in[i]), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7FFFFFFF;
         const uint32_t normal = (magnitude - (112u << 23) + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
-        const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);  // the addition rounds
+        const uint32_t subnormal =
+            float_to_bits(bits_to_float(magnitude) + 0.5f) - float_to_bits(0.5f);  // the addition rounds
         const uint32_t special = magnitude > 0x7F800000 ? 0x7E00 : 0x7C00;
         const uint32_t value = magnitude >= (143u << 23) ? special : magnitude < (113u << 23) ? subnormal : normal;
         out[i] = static_cast<uint16_t>(value | sign);

@@ -50,8 +50,8 @@ void prepare_output(const Tensor& tensor, int64_t elements);
 template <typename Body>
 void for_each_block(int64_t batch, int64_t elements, int threads, const Body& body, int64_t length = kBlock) {
     const int64_t per_sample = (elements + length - 1) / length, blocks = batch * per_sample;
-    // A thread pays for itself from about 16 blocks on. OpenMP's threads are those that PyTorch works with.
-    const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(threads, blocks / 16));
+    // A thread pays for itself from about 16,000 elements on. OpenMP's threads are those that PyTorch works with.
+    const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(threads, batch * elements / (16 * kBlock)));
 #pragma omp parallel for num_threads(workers) schedule(static) if (workers > 1)
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t sample = block / per_sample, begin = block % per_sample * length;
