@@ -5,16 +5,27 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
 import tyro
 
 from selfnpo.errors import UserError
+from selfnpo_kernels.dispatch import choose
 
 Config = TypeVar("Config")
 
 
 def parse(config_type: type[Config], args: Sequence[str] | None = None, default: Config | None = None) -> Config:
-    """Command-line arguments as a dataclass, flags written as the fields are; exits with code 2 and a hint on bad ones."""
-    return tyro.cli(config_type, args=args, default=default, use_underscores=True)
+    """Command-line arguments as a dataclass, flags written as the fields are; exits with code 2 and a hint on bad ones.
+
+    Raises:
+        UserError: SELFNPO_BACKEND forces a backend that cannot run here.
+    """
+    config = tyro.cli(config_type, args=args, default=default, use_underscores=True)
+    try:
+        choose("this command", torch.empty(0))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{error}; unset SELFNPO_BACKEND or set it to another one") from error
+    return config
 
 
 def run(main: Callable[[], int | None]) -> None:

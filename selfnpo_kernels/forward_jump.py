@@ -16,8 +16,8 @@ def forward_jump(
         x_s = a x_t + b z,   z = philox_normal(x_t.shape, seed, step, site, sample_ids)
 
     Per element of float32: 4 bytes read and 4 written. The noise depends on its arguments and on the logical row-major index
-    alone, so a sample jumps the same way in any batch, memory format, dtype and on any backend: the integers are the same, the
-    normals agree to 5e-7 (beyond |z| = 2, to 2.5e-7 of z).
+    alone, so a sample jumps the same way in any batch, memory format, dtype and on any backend: the integers are the same,
+    the normals agree to 5e-7 (beyond |z| = 2, to 2.5e-7 of z).
 
     Args:
         sample: `[B, ...]`, any floating point, up to 2^34 elements per sample.

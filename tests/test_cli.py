@@ -289,6 +289,17 @@ def test_mistakes_in_other_commands_are_named(command, args, sentence, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("name", "sentence"), [("cuda", "got 'cuda'; expected one of"), ("triton", "runs on CUDA devices")])
+def test_a_backend_that_cannot_run_is_said_before_anything_is_written(name, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SELFNPO_BACKEND", name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert call("train", *QUICK, "--output_dir", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "unset SELFNPO_BACKEND" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_setting_is_documented():
     """tyro shows the docstring under a field as its help; one is missing where the source has two fields in a row."""
     source = Path(train.__file__).with_name("config.py").read_text()
