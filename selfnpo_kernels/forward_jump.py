@@ -70,7 +70,7 @@ def _forward_jump(sample, rows, sample_ids, seed, seed_tensor, step, step_tensor
     if rows.device.type == "cpu" and rows.isnan().any():
         raise ValueError("forward_jump got a NaN in rows: a negative variance; expected every s noisier than its t")
     order = operands.memory_format(sample)
-    seed, step = seed % 2**64 if seed_tensor is None else seed_tensor, step if step_tensor is None else step_tensor
+    seed, step = operands.unsigned(seed, seed_tensor), operands.unsigned(step, step_tensor)
     backend = choose("forward_jump", sample)
     if backend == "reference":
         return reference.forward_jump(sample, rows, seed, step, sample_ids, site).contiguous(memory_format=order)

@@ -66,6 +66,11 @@ def counter(op: str, name: str, value: int | Tensor, bits: int, device: torch.de
     return 0, value
 
 
+def unsigned(value: int, tensor: Tensor | None) -> int | Tensor:
+    """What `counter` was given: its second result where there is one, else the unsigned integer."""
+    return value % 2**64 if tensor is None else tensor
+
+
 def _check_scalar_tensor(op: str, name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     if value.numel() != 1 or value.dtype != dtype or value.device != device:
         raise ValueError(

@@ -60,7 +60,7 @@ torch.library.define(
 
 @torch.library.impl("selfnpo::philox_normal", "CompositeExplicitAutograd")
 def _philox_normal(shape, sample_ids, seed, seed_tensor, step, step_tensor, site, dtype):
-    seed, step = seed % 2**64 if seed_tensor is None else seed_tensor, step if step_tensor is None else step_tensor
+    seed, step = operands.unsigned(seed, seed_tensor), operands.unsigned(step, step_tensor)
     out = torch.empty(shape, dtype=dtype, device=sample_ids.device)
     backend = choose("philox_normal", out)
     if backend == "reference":

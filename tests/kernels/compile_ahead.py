@@ -29,7 +29,6 @@ INT64 = {"sample_ids", "seed_pointer", "step_pointer"}
 REAL = {"scale", "rescale", "huber_c", "inverse_count"}
 WIDE = {"seed", "step", "elements"}  # compiled in the widest type that they may take
 
-both = (False, True)
 VARIANTS = {
     guided_step_kernel: [
         {"HAS_PREV": prev, "HAS_UNCOND": uncond, "HAS_SCALE_POINTER": pointer, "BLOCK": BLOCK}
@@ -42,10 +41,10 @@ VARIANTS = {
     ],
     moments_kernel: [{"HAS_SCALE_POINTER": True, "BLOCK": BLOCK}],
     cfg_combine_kernel: [
-        {"HAS_SCALE_POINTER": True, "RESCALE": rescale, "SEGMENTS": SEGMENTS, "BLOCK": BLOCK} for rescale in both
+        {"HAS_SCALE_POINTER": True, "RESCALE": rescale, "SEGMENTS": SEGMENTS, "BLOCK": BLOCK} for rescale in (False, True)
     ],
-    x0_loss_kernel: [{"HUBER": huber, "BLOCK": BLOCK} for huber in both],
-    x0_loss_backward_kernel: [{"HUBER": huber, "OPERAND": 1, "BLOCK": BLOCK} for huber in both],
+    x0_loss_kernel: [{"HUBER": huber, "BLOCK": BLOCK} for huber in (False, True)],
+    x0_loss_backward_kernel: [{"HUBER": huber, "OPERAND": 1, "BLOCK": BLOCK} for huber in (False, True)],
 }  # fmt: skip
 
 
