@@ -12,7 +12,7 @@ from selfnpo.trainer import Trainer
 
 @pytest.mark.parametrize("rollout", ["pool", "data", "fresh", "full"])
 def bench_train_step(benchmark, rollout):
-    trainer = Trainer(TrainConfig(rollout=rollout), load_pretrained("demo"))
+    trainer = Trainer(TrainConfig(rollout=rollout), load_pretrained())
     trainer.train_step()  # fills the pool
     filling = trainer.state.reference_evaluations
     benchmark.group = "training step, demo, batch 128"

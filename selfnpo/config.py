@@ -1,23 +1,29 @@
 """The settings of a training run, under the names that diffusers' training scripts use.
 
-Precedence: preset < --config file < command line. Every field is read somewhere; a test holds this.
+Precedence: preset < --config file < command line. Every field is read somewhere; a test holds this. The names that kohya's
+scripts and the released code use are accepted too.
 """
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 import yaml
+from tyro.conf import arg
 
 from selfnpo.cli import parse
 from selfnpo.errors import UserError
-from selfnpo.models import DEMO
+from selfnpo.models import ModelOptions, SampleOptions, Source
+
+Precision = Literal["auto", "no", "fp16", "bf16"]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(SampleOptions, ModelOptions):
     """Train a negative model from a diffusion model's own truncated rollouts."""
 
     preset: Literal["default", "paper", "released"] = "default"
@@ -25,8 +31,6 @@ class TrainConfig:
     config: Path | None = None
     """YAML file with any of these settings, such as the config.yaml of an earlier run."""
 
-    pretrained_model_name_or_path: str = DEMO
-    """The model to make a negative for: demo, or a folder laid out as the demo's weights."""
     output_dir: Path = Path("runs/demo")
     """Where everything is written."""
     overwrite: bool = False
@@ -34,12 +38,38 @@ class TrainConfig:
     resume_from_checkpoint: str | None = None
     """latest, or a checkpoint folder; continues exactly where that checkpoint was taken."""
 
+    prompts: str = "none"
+    """Prompts to train on: a text file with one a line, a .jsonl file with "prompt", "text" or "caption", or none for ""."""
+    prompt_dataset: str | None = None
+    """Prompts from a column of a Hugging Face dataset, as NAME:COLUMN (pip install 'selfnpo[datasets]')."""
+    train_data_dir: Path | None = None
+    """Folder of images to start rollouts from (rollout data); captions from metadata.jsonl or .txt files."""
+
+    rank: Annotated[int, arg(aliases=("--network_dim", "--lora_rank"))] = 0
+    """Rank of a LoRA to train; 0 trains the full weights."""
+    lora_alpha: Annotated[float | None, arg(aliases=("--network_alpha",))] = None
+    """The LoRA's changes are scaled by alpha / rank; by default 1."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Layers that a LoRA adapts, by the ends of their names; by default the family's attention projections."""
+    mixed_precision: Precision = "auto"
+    """Arithmetic of the networks; auto is bf16 on GPUs that have it and no (float32) elsewhere."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step, each of train_batch_size samples."""
+    attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    """sdpa is PyTorch's own attention, which auto chooses."""
+    low_vram: bool = False
+    """Least memory: gradients checkpointed, prompts on the host, and for full weights the reference too."""
+    allow_tf32: bool = False
+    """Let float32 matrix products on GPUs round to TF32."""
+
     seed: int = 0
     """Key of every random number of the run."""
     max_train_steps: int = 2000
     """Optimizer steps."""
     train_batch_size: int = 128
-    """Samples per step."""
+    """Samples per forward pass."""
     learning_rate: float = 5e-5
     """Peak learning rate of AdamW."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
@@ -80,9 +110,18 @@ class TrainConfig:
     max_relative_delta: float | None = None
     """Stop when the fine-tuning has moved the weights this far: ||delta|| / ||theta||."""
 
+    validation_prompt: tuple[str, ...] = ()
+    """Prompts, or class numbers, of the sample grids; by default the first conditions of the training."""
+    validation_steps: Annotated[int, arg(aliases=("--sample_every_n_steps",))] = 0
+    """Steps between sample grids, plain beside negative-guided; 0: only one at the end."""
+    num_validation_images: int = 4
+    """Images of a grid per method."""
+    validation_guidance_scale: float | None = None
+    """w + 1 of the sample grids; by default the family's usual one."""
+
     compile: bool = False
     """Compile reference and student with torch.compile."""
-    checkpointing_steps: int = 250
+    checkpointing_steps: Annotated[int, arg(aliases=("--save_every_n_steps",))] = 250
     """Steps between checkpoints."""
     checkpoints_total_limit: int = 2
     """Checkpoints to keep; older ones are deleted."""
@@ -90,6 +129,11 @@ class TrainConfig:
     """Steps between lines of log.jsonl."""
     report_to: Literal["none", "tensorboard"] = "none"
     """Also log to TensorBoard (pip install 'selfnpo[tensorboard]')."""
+
+    @property
+    def total_batch_size(self) -> int:
+        """Samples per optimizer step."""
+        return self.train_batch_size * self.gradient_accumulation_steps
 
 
 # What a preset changes against the defaults. `released` has the values of the released SD1.5 script, rollouts from data
@@ -129,24 +173,41 @@ _INVOCATION = {"config", "overwrite", "resume_from_checkpoint"}
 # A resumed run may change these too, because they do not touch what is computed.
 _FREE_ON_RESUME = _INVOCATION | {
     "preset", "output_dir", "compile", "checkpointing_steps", "checkpoints_total_limit", "logging_steps", "report_to",
+    "validation_steps", "num_validation_images", "validation_guidance_scale", "local_files_only",
 }  # fmt: skip
 
 
 def parse_config(args: Sequence[str] | None = None) -> TrainConfig:
-    """The settings of a command line: preset, then --config file, then flags."""
+    """The settings of a command line: preset, then --config file, then flags. Opens the model's configuration, on which the
+    values of a preset depend."""
     given = parse(TrainConfig, args)
     from_file = [] if given.config is None else _flags(given.config)
     try:
-        named = parse(TrainConfig, from_file)
+        in_file = parse(TrainConfig, from_file)
     except SystemExit:
         raise UserError(f"config {given.config} was not accepted; the message above names the setting") from None
-    preset = given.preset if given.preset != "default" else named.preset
-    defaults = parse(TrainConfig, from_file, default=preset_config(preset))
-    return check(parse(TrainConfig, args, default=replace(defaults, preset=preset)))
+    named = parse(TrainConfig, args, default=in_file)
+    family = Source(named).family
+    defaults = parse(TrainConfig, from_file, default=preset_config(named.preset, family.presets, named.rank > 0))
+    config = check(parse(TrainConfig, args, default=replace(defaults, preset=named.preset)))
+    return replace(config, mixed_precision=resolve(config.mixed_precision))
 
 
-def preset_config(name: str) -> TrainConfig:
-    return TrainConfig(preset=name, **PRESETS[name])
+def preset_config(name: str, of_family: dict[str, dict[str, Any]] | None = None, lora: bool = False) -> TrainConfig:
+    """A preset for a family of models; LoRA trains at the learning rate that is usual for it."""
+    values = PRESETS[name] | (of_family or {}).get(name, {}) | ({"learning_rate": 1e-4} if lora else {})
+    return TrainConfig(preset=name, **values)
+
+
+def resolve(precision: Precision) -> Precision:
+    """What `auto` means here."""
+    if precision != "auto":
+        return precision
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[resolve(precision)]
 
 
 def _flags(path: Path) -> list[str]:
@@ -159,7 +220,10 @@ def _flags(path: Path) -> list[str]:
         raise UserError(f"config {path} holds no settings; expected lines of 'name: value'")
     flags = []
     for name, value in values.items():
-        flags += [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return flags
 
 
@@ -179,7 +243,11 @@ def check(config: TrainConfig) -> TrainConfig:
         ("pool_size", 1, 10**4),
         ("num_inference_steps", 2, 1000),
         ("num_rollout_steps", 1, config.num_inference_steps - 1),
-        ("rollout_guidance_scale", 0, 100),
+        ("rollout_guidance_scale", -100, 100),
+        ("rank", 0, 10**5),
+        ("gradient_accumulation_steps", 1, 10**5),
+        ("validation_steps", 0, 10**7),
+        ("num_validation_images", 1, 64),
         ("reference_decay", 0, 1),
         ("condition_dropout", 0, 1),
         ("huber_c", 1e-8, 1e3),
@@ -190,6 +258,15 @@ def check(config: TrainConfig) -> TrainConfig:
         value = getattr(config, name)
         if not low <= value <= high:  # also catches NaN
             raise UserError(f"{name} is {value}; expected a value from {low} to {high}")
+    if config.lora_alpha is not None and not config.lora_alpha > 0:
+        raise UserError(f"lora_alpha is {config.lora_alpha}; expected a positive number, usually the rank")
+    scale = config.validation_guidance_scale
+    if scale is not None and not 1 < scale <= 100:
+        raise UserError(f"validation_guidance_scale is {scale}; expected a value above 1 and up to 100, such as 7.5")
+    if config.train_data_dir is not None and config.rollout != "data":
+        raise UserError(
+            f"train_data_dir is given, but rollout is {config.rollout}; expected --rollout data or --preset released"
+        )
     if config.max_relative_delta is not None and not config.max_relative_delta > 0:
         raise UserError(f"max_relative_delta is {config.max_relative_delta}; expected a positive number, such as 0.05")
     if config.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
@@ -200,9 +277,10 @@ def check(config: TrainConfig) -> TrainConfig:
 def to_yaml(config: TrainConfig) -> str:
     """What `--config` reads back."""
     values = {name: value for name, value in asdict(config).items() if name not in _INVOCATION}
-    return yaml.safe_dump(values | {"output_dir": str(config.output_dir)}, sort_keys=False)
+    return yaml.safe_dump(json.loads(json.dumps(values, default=str)), sort_keys=False)
 
 
 def binding(config: TrainConfig) -> dict[str, Any]:
     """The settings that a run cannot change without becoming another run."""
-    return {name: value for name, value in asdict(config).items() if name not in _FREE_ON_RESUME}
+    values = {name: value for name, value in asdict(config).items() if name not in _FREE_ON_RESUME}
+    return json.loads(json.dumps(values, default=str))

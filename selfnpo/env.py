@@ -10,7 +10,18 @@ import torch
 from selfnpo.cli import run
 from selfnpo_kernels import dispatch, extension
 
-PACKAGES = ("selfnpo", "torch", "triton", "diffusers", "transformers", "accelerate", "safetensors", "xformers", "numpy")
+PACKAGES = (
+    "selfnpo",
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "safetensors",
+    "xformers",
+    "numpy",
+)
 
 
 def _version(package: str) -> str:
@@ -28,6 +39,10 @@ def cpu_name() -> str:
     except (OSError, StopIteration):
         model = platform.processor() or platform.machine()
     return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def _gpus() -> str:

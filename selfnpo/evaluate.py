@@ -14,7 +14,7 @@ from selfnpo.cli import parse, run
 from selfnpo.config import TrainConfig
 from selfnpo.env import cpu_name, describe
 from selfnpo.errors import UserError
-from selfnpo.models import DEMO, PretrainedModel, load_negative, load_pretrained
+from selfnpo.models import DEMO, ModelOptions, PretrainedModel, load_negative, load_pretrained
 from selfnpo.output import prepare_output
 from selfnpo.trainer import Trainer
 from selfnpo.world import report
@@ -126,7 +126,7 @@ def save(config: EvaluateConfig, evaluation: Evaluation) -> str:
 
 def main(config: EvaluateConfig) -> None:
     check(config)
-    base = load_pretrained(config.pretrained_model_name_or_path)
+    base = load_pretrained(ModelOptions(config.pretrained_model_name_or_path))
     given = load_negative(config.negative, base) if config.negative else None
     prepare_output(config.output_dir, RESULTS, config.overwrite)
     _, held_out = halves(config.split)

@@ -38,16 +38,19 @@ class TruncatedObjective:
         self.jump_rows, self.first = jump_rows(schedule, alpha, sigma)
         self.loss_rows = loss_rows(schedule, weighting)
 
-    def __call__(self, denoiser: nn.Module, batch: Truncated, step: int) -> Tensor:
-        """The mean loss of one batch; `step` keys its noise."""
-        ids = torch.arange(len(batch.sample))
-        first, last = self.first[batch.position], len(self.timesteps)
+    def __call__(self, denoiser: nn.Module, batch: Truncated, step: int, part: slice = slice(None)) -> Tensor:
+        """The mean loss of one batch, or of a part of it; `step` keys its noise."""
+        ids = torch.arange(len(batch.sample))[part]
+        position, sample = batch.position[part], batch.sample[part]
+        first, last = self.first[position], len(self.timesteps)
         s = draw_index(first, last, self.seed, step, Site.JUMP_TIME, ids)
         # The noisiest time has no noisier one: such a trajectory only advances, its loss is an ordinary row of zeros.
         trainable = first < last
         s = torch.where(trainable, s, last - 1)
-        x_s = forward_jump(batch.sample, self.jump_rows[batch.position, s], self.seed, step, ids, Site.JUMP_NOISE)
+        move = self.base.move
+        x_s = forward_jump(sample, move(self.jump_rows[position, s]), self.seed, step, move(ids), Site.JUMP_NOISE)
         dropped = philox_uniform(self.seed, step, Site.DROPOUT, ids) < self.condition_dropout
-        condition = torch.where(dropped, self.base.null_condition, batch.condition)
+        condition = torch.where(dropped, self.base.null_condition, batch.condition[part])
         model_output = self.base.predict(denoiser, x_s, self.timesteps[s], condition)
-        return x0_loss(model_output, x_s, batch.target, self.loss_rows[s] * trainable[:, None], self.kind, self.huber_c)
+        rows = move(self.loss_rows[s] * trainable[:, None])
+        return x0_loss(model_output, x_s, batch.target[part], rows, self.kind, self.huber_c)

@@ -8,6 +8,17 @@ from selfnpo.checkpoint import list_checkpoints
 from selfnpo.errors import UserError
 
 
+def check_output(folder: Path, overwrite: bool, resume: bool = False) -> None:
+    """Raise a UserError if the folder holds something and neither overwrite nor resume was asked for."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {folder} is a file; expected a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
+        raise UserError(
+            f"output_dir {folder} exists and is not empty; choose another, pass --overwrite to replace its results"
+            + (", or --resume_from_checkpoint latest to continue" if list_checkpoints(folder) else "")
+        )
+
+
 def prepare_output(folder: Path, results: tuple[str, ...], overwrite: bool, resume: bool = False) -> None:
     """Make `folder` ready to be written.
 
@@ -18,13 +29,7 @@ def prepare_output(folder: Path, results: tuple[str, ...], overwrite: bool, resu
         UserError: the folder holds something and neither overwrite nor resume was asked for, or it cannot be written.
     """
     try:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"output_dir {folder} is a file; expected a folder")
-        if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
-            raise UserError(
-                f"output_dir {folder} exists and is not empty; choose another, pass --overwrite to replace its results"
-                + (", or --resume_from_checkpoint latest to continue" if list_checkpoints(folder) else "")
-            )
+        check_output(folder, overwrite, resume)
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
         if overwrite and not resume:

@@ -7,28 +7,66 @@ from typing import Any
 import torch
 
 from selfnpo.checkpoint import committed_folder, write_text
-from selfnpo.env import cpu_name
+from selfnpo.env import device_name
+from selfnpo.lora_files import model_spec, save_lora
+from selfnpo.model_card import model_card
 from selfnpo.picture import save_comparison
 from selfnpo.sampling import ddim_sample, start_noise
 from selfnpo.state import TrainState
+from selfnpo.student import LowRank
 from selfnpo.world import report
 from selfnpo.world.data import halves
 from selfnpo.world.evaluation import CFG, NONE, SEEDS, SELF_NPO, evaluate
 from selfnpo.world.metrics import Metrics
 
-RESULTS = ("negative", "config.yaml", "metrics.json", "log.jsonl", "comparison.png", "report.md", "tensorboard")
+RESULTS = ("negative", "config.yaml", "metrics.json", "log.jsonl", "comparison.png", "report.md", "samples", "tensorboard")
+KOHYA_FILE = "negative_kohya.safetensors"
 
 
-def save_negative(state: TrainState) -> Path:
-    """The student as a diffusers model folder."""
+def save_negative(state: TrainState, status: str) -> Path:
+    """The student in `output_dir`/negative, with a model card: a diffusers model folder, or LoRA files where diffusers reads
+    LoRAs for the family."""
     folder = state.config.output_dir / "negative"
     with committed_folder(folder) as partial:
-        state.model.save_pretrained(partial)
+        is_lora = isinstance(state.student, LowRank) and hasattr(state.base.family.pipeline_class, "load_lora_weights")
+        if is_lora:
+            _save_lora(partial, state)
+        else:
+            state.student.merged().save_pretrained(partial)
+        (partial / "README.md").write_text(_card(state, status))
     return folder
 
 
+def _save_lora(folder: Path, state: TrainState) -> None:
+    config, family = state.config, state.base.family
+    title = f"Self-NPO negative for {config.pretrained_model_name_or_path}"
+    metadata = model_spec(f"{family.architecture}/lora", title, description="For the negative branch of guidance.")
+    metadata |= {
+        "ss_base_model_version": family.base_model_version,
+        "ss_sd_model_name": config.pretrained_model_name_or_path,
+        "ss_output_name": config.output_dir.name,
+        "ss_learning_rate": str(config.learning_rate),
+        "ss_lr_scheduler": config.lr_scheduler,
+        "ss_steps": str(state.step),
+        "ss_max_train_steps": str(config.max_train_steps),
+        "ss_batch_size_per_device": str(config.train_batch_size),
+        "ss_gradient_accumulation_steps": str(config.gradient_accumulation_steps),
+        "ss_mixed_precision": config.mixed_precision,
+        "ss_seed": str(config.seed),
+    }
+    student = state.student
+    kohya_name = KOHYA_FILE if family.base_model_version else ""
+    save_lora(
+        folder, student.state_dict(), student.lora, component=family.component, kohya_name=kohya_name, metadata=metadata
+    )
+
+
+def _card(state: TrainState, status: str, quality: dict[str, Any] | None = None) -> str:
+    return model_card(state.config, state.base.family, cost(state), status, quality)
+
+
 def cost(state: TrainState) -> dict[str, Any]:
-    samples = state.step * state.config.train_batch_size
+    samples = state.step * state.config.total_batch_size
     return {
         "steps": state.step,
         "samples": samples,
@@ -36,7 +74,7 @@ def cost(state: TrainState) -> dict[str, Any]:
         "samples_per_second": samples / state.seconds,
         "reference_evaluations_per_sample": state.reference_evaluations / samples,
         "relative_delta": state.relative_delta(),
-        "device": f"{cpu_name()}, torch {torch.__version__}",
+        "device": f"{device_name(state.base.device)}, torch {torch.__version__}",
     }
 
 
@@ -72,6 +110,7 @@ def demo_report(state: TrainState, status: str) -> str:
     save_comparison(output_dir / "comparison.png", panels, base.num_conditions, caption)
     verdict = report.verdict(evaluation)
     save_metrics(state, status, evaluation.values)
+    write_text(output_dir / "negative" / "README.md", _card(state, status, evaluation.values))
     write_text(
         output_dir / "report.md",
         "\n\n".join(
@@ -94,7 +133,7 @@ def demo_report(state: TrainState, status: str) -> str:
 def _cost_sentence(state: TrainState, status: str) -> str:
     spent = cost(state)
     return (
-        f"Training ended ({status}) after {spent['steps']} steps of {state.config.train_batch_size} samples, "
+        f"Training ended ({status}) after {spent['steps']} steps of {state.config.total_batch_size} samples, "
         f"{spent['seconds']:.1f} s on {spent['device']} ({spent['samples_per_second']:.0f} samples/s), with "
         f"{spent['reference_evaluations_per_sample']:.2f} reference evaluations per sample. It moved the weights by "
         f"{spent['relative_delta']:.2%} of their norm."

@@ -40,32 +40,40 @@ class Truncated:
 class Reference:
     """Guided DDIM steps of a reference model along the grid."""
 
-    def __init__(self, base: PretrainedModel, grid: Grid, guidance_scale: float):
-        self.base, self.guidance_scale = base, guidance_scale
+    def __init__(self, base: PretrainedModel, grid: Grid, guidance_scale: float, micro_batch: int | None = None):
+        """`micro_batch`: samples per forward pass; by default all."""
+        self.base, self.guidance_scale, self.micro_batch = base, guidance_scale, micro_batch
         self.timesteps, self.rows = grid.timesteps.float(), step_rows(grid)
 
     def step(self, denoiser: nn.Module, sample: Tensor, position: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """(prev_sample, pred_original_sample) at grid `position` `[B]`."""
+        parts = zip(
+            *(tensor.split(self.micro_batch or len(sample)) for tensor in (sample, position, condition)), strict=True
+        )
+        stepped = [self._step(denoiser, *part) for part in parts]
+        return stepped[0] if len(stepped) == 1 else tuple(map(torch.cat, zip(*stepped, strict=True)))
+
+    def _step(self, denoiser: nn.Module, sample: Tensor, position: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         outputs = self.base.predict_guided(denoiser, sample, self.timesteps[position], condition, self.guidance_scale)
-        return guided_step(sample, *outputs, self.guidance_scale, self.rows[position])
+        return guided_step(sample, *outputs, self.guidance_scale, self.base.move(self.rows[position]))
 
     def roll(self, denoiser: nn.Module, sample: Tensor, start: Tensor, stop: Tensor, condition: Tensor) -> Truncated:
         """Take every sample from grid position `start` to `stop` `[B]`, evaluate it there, and never after."""
         length = stop - start
         order = length.argsort(descending=True)  # so that the samples still under way are always the first ones
         first, asked = start[order], condition[order]
-        sample, target = sample[order], torch.empty_like(sample)
+        sample, target = sample[self.base.move(order)], torch.empty_like(sample)
         for k in range(int(length.max()) + 1):
             under_way, moving_on = int((length >= k).sum()), int((length > k).sum())
             prev, target[:under_way] = self.step(denoiser, sample[:under_way], first[:under_way] + k, asked[:under_way])
             sample[:moving_on] = prev[:moving_on]
-        back = order.argsort()
+        back = self.base.move(order.argsort())
         return Truncated(sample[back], target[back], stop, condition, int((length + 1).sum()))
 
 
 def draw_noise(reference: Reference, seed: int, step: int, ids: Tensor) -> Tensor:
     """x_T of the trajectories `ids` `[B]`."""
-    return philox_normal((len(ids), *reference.base.sample_shape), seed, step, Site.START_NOISE, ids)
+    return philox_normal((len(ids), *reference.base.sample_shape), seed, step, Site.START_NOISE, reference.base.move(ids))
 
 
 def draw_condition(reference: Reference, seed: int, step: int, ids: Tensor) -> Tensor:
@@ -94,7 +102,8 @@ class TrajectoryPool:
         self.length = len(reference.timesteps)
         self.slots = torch.arange(pool_size * batch_size).reshape(batch_size, pool_size).T
         self.first_position = self.slots * self.length // self.slots.numel()
-        self.tensors = {"sample": torch.zeros(pool_size, batch_size, *reference.base.sample_shape)}
+        base = reference.base
+        self.tensors = {"sample": torch.zeros(pool_size, batch_size, *base.sample_shape, device=base.device)}
 
     def draw(self, denoiser: nn.Module, step: int) -> Truncated:
         filling = self._fill(denoiser) if step == 0 else 0
@@ -105,8 +114,8 @@ class TrajectoryPool:
         condition = draw_condition(self.reference, self.seed, 0, ids)
         # (0, 1) puts fresh noise in the place of a finished trajectory, (1, 0) leaves the others as they are.
         restart = (position == 0).float()
-        rows = torch.stack((1 - restart, restart), dim=1)
-        sample = forward_jump(self.tensors["sample"][batch], rows, self.seed, 0, ids, Site.START_NOISE)
+        rows, keys = (self.reference.base.move(each) for each in (torch.stack((1 - restart, restart), dim=1), ids))
+        sample = forward_jump(self.tensors["sample"][batch], rows, self.seed, 0, keys, Site.START_NOISE)
         self.tensors["sample"][batch], target = self.reference.step(denoiser, sample, position, condition)
         return Truncated(sample, target, position, condition, filling + len(sample))
 
@@ -155,7 +164,7 @@ class DataRollout:
         conditions: Tensor,
         num_rollout_steps: int,
     ):
-        """`images` `[n, ...]` (latents, for a latent model) and their `conditions` `[n]`."""
+        """`images` `[n, ...]` (latents, for a latent model) and their `conditions` `[n]`, both on the CPU."""
         self.reference, self.seed = reference, seed
         self.images, self.conditions, self.num_rollout_steps = images, conditions, num_rollout_steps
         self.rows = torch.stack((grid.alpha[:-1], grid.sigma[:-1]), dim=1).float()  # from a clean image to each grid point
@@ -166,6 +175,7 @@ class DataRollout:
         length, ids = len(self.reference.timesteps), self.ids
         image = draw_index(0, len(self.images), self.seed, step, Site.IMAGE, ids)
         start = draw_index(0, length, self.seed, step, Site.START, ids)
-        noised = forward_jump(self.images[image], self.rows[start], self.seed, step, ids, Site.START_NOISE)
+        clean, rows, keys = (self.reference.base.move(each) for each in (self.images[image], self.rows[start], ids))
+        noised = forward_jump(clean, rows, self.seed, step, keys, Site.START_NOISE)
         stop = (start + self.num_rollout_steps).clamp(max=length - 1)
         return self.reference.roll(denoiser, noised, start, stop, self.conditions[image])

@@ -6,19 +6,23 @@ from pathlib import Path
 import torch
 
 from selfnpo.cli import parse, run
+from selfnpo.config import Precision, dtype_of
+from selfnpo.decode import decode_samples
 from selfnpo.errors import UserError
 from selfnpo.merge import mix
-from selfnpo.models import DEMO, load_negative, load_pretrained
+from selfnpo.models import ModelOptions, SampleOptions, load_negative, load_pretrained
 from selfnpo.picture import save_comparison
 from selfnpo.sampling import ddim_sample, start_noise
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(SampleOptions, ModelOptions):
     """Sample with and without a negative model."""
 
     negative: Path = Path("runs/demo/negative")
-    """Folder of a trained negative model: theta + delta."""
+    """Folder of a trained negative model, full weights or LoRA: theta + delta."""
+    prompt: tuple[str, ...] = ()
+    """What to sample, cycled over the images: prompts, or class numbers; by default every class, or the empty prompt."""
     positive: Path | None = None
     """Folder of a fine-tuned positive model of the same architecture: theta + eta. By default the base itself."""
     alpha: float = 1.0
@@ -28,13 +32,15 @@ class SampleConfig:
     guidance_scale: float = 3.0
     """w + 1 in eps = (w + 1) eps_pos - w eps_neg."""
     num_images: int = 80
-    """Images per panel; labels are cycled."""
+    """Images per panel."""
+    batch_size: int = 80
+    """Images per forward pass."""
+    mixed_precision: Precision = "auto"
+    """Arithmetic of the networks; auto is bf16 on GPUs that have it and no (float32) elsewhere."""
     num_inference_steps: int = 25
     """DDIM steps."""
     seed: int = 0
     """Key of the noise."""
-    pretrained_model_name_or_path: str = DEMO
-    """The base model: theta."""
     output: Path = Path("samples.png")
     """PNG file to write."""
     overwrite: bool = False
@@ -46,6 +52,7 @@ def check(config: SampleConfig) -> None:
         ("alpha", 0, 1),
         ("beta", 0, 1),
         ("num_images", 1, 10_000),
+        ("batch_size", 1, 10_000),
         ("seed", 0, 2**63 - 1),
     ):
         if not low <= getattr(config, name) <= high:
@@ -62,14 +69,16 @@ def check(config: SampleConfig) -> None:
 
 def main(config: SampleConfig) -> None:
     check(config)
-    base = load_pretrained(config.pretrained_model_name_or_path)
+    base = load_pretrained(config, config, further_prompts=config.prompt, dtype=dtype_of(config.mixed_precision))
     trained = load_negative(config.negative, base)
     positive = load_negative(config.positive, base) if config.positive else None
     negative = mix(base.denoiser, trained, positive, config.alpha, config.beta)
-    condition = torch.arange(config.num_images) % base.num_conditions
+    asked = base.asked(len(config.prompt))
+    condition = asked[torch.arange(config.num_images) % len(asked)]
     noise = start_noise(base, config.num_images, config.seed)
+    steps, batch_size = config.num_inference_steps, config.batch_size
     plain, guided = (
-        ddim_sample(base, noise, condition, config.guidance_scale, model, positive, config.num_inference_steps)
+        decode_samples(base, ddim_sample(base, noise, condition, config.guidance_scale, model, positive, steps, batch_size))
         for model in (positive, negative)
     )
     w = config.guidance_scale - 1
@@ -77,7 +86,12 @@ def main(config: SampleConfig) -> None:
         (f"plain guidance (CFG), w = {w:g}", plain),
         (f"negative model, w = {w:g}, beta = {config.beta:g}", guided),
     ]
-    save_comparison(config.output, panels, base.num_conditions, f"{config.negative}; equal positions start from equal noise")
+    save_comparison(
+        config.output,
+        panels,
+        min(len(asked), 10) if len(asked) > 1 else 4,
+        f"{config.negative}; equal positions start from equal noise",
+    )
     print(f"written to {config.output}")
 
 

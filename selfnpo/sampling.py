@@ -8,12 +8,10 @@ from selfnpo.randomness import Site
 from selfnpo.schedule import make_grid, step_rows
 from selfnpo_kernels import guided_step, philox_normal
 
-CHUNK = 1000  # samples per forward pass
-
 
 def start_noise(base: PretrainedModel, count: int, seed: int) -> Tensor:
     """x_T of `count` samples, the same for every method that is compared: `[count, ...]`."""
-    return philox_normal((count, *base.sample_shape), seed, 0, Site.SAMPLE_NOISE, torch.arange(count))
+    return philox_normal((count, *base.sample_shape), seed, 0, Site.SAMPLE_NOISE, base.move(torch.arange(count)))
 
 
 @torch.no_grad()
@@ -25,19 +23,21 @@ def ddim_sample(
     negative_model: nn.Module | None = None,
     positive_model: nn.Module | None = None,
     num_inference_steps: int = 25,
+    batch_size: int = 1000,
 ) -> Tensor:
-    """Deterministic DDIM samples `[B, ...]` from `noise` `[B, ...]` under `condition` `[B]`.
+    """Deterministic DDIM samples `[B, ...]` from `noise` `[B, ...]` under `condition` `[B]`, which lies on the CPU.
 
     Args:
         guidance_scale: w + 1; at 1 the negative model is not evaluated.
         negative_model, positive_model: denoisers of the base's architecture; by default the base itself, which for the
             negative means plain classifier-free guidance.
+        batch_size: samples per forward pass.
     """
     positive, negative = positive_model or base.denoiser, negative_model or base.denoiser
     grid = make_grid(base.scheduler, num_inference_steps)
-    rows, timesteps = step_rows(grid), grid.timesteps.float()
+    rows, timesteps = base.move(step_rows(grid)), grid.timesteps.float()
     finished = []
-    for sample, asked in zip(noise.split(CHUNK), condition.split(CHUNK), strict=True):
+    for sample, asked in zip(noise.split(batch_size), condition.split(batch_size), strict=True):
         null = torch.full_like(asked, base.null_condition)
         for timestep, row in zip(timesteps, rows, strict=True):
             t = timestep.expand(len(sample))

@@ -3,20 +3,20 @@
 Random numbers are absent: they are pure functions of the seed and the step (selfnpo/randomness.py).
 """
 
-import copy
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfnpo.config import TrainConfig, binding
 from selfnpo.errors import UserError
 from selfnpo.models import PretrainedModel
 from selfnpo.rollout import Rollout
+from selfnpo.student import Student, make_student
 
 _COUNTERS = ("step", "reference_evaluations", "seconds")
 
@@ -25,10 +25,10 @@ _COUNTERS = ("step", "reference_evaluations", "seconds")
 class TrainState:
     config: TrainConfig
     base: PretrainedModel
-    model: ModelMixin  # the student
-    reference_model: ModelMixin  # an exponential moving average of the student, or the base itself
+    student: Student
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler  # of the loss, in float16; otherwise it does nothing
     rollout: Rollout
     step: int = 0
     reference_evaluations: int = 0  # guided evaluations of one sample
@@ -36,10 +36,10 @@ class TrainState:
 
     @classmethod
     def start(cls, config: TrainConfig, base: PretrainedModel, rollout: Rollout) -> "TrainState":
-        """A fresh run: the student is a copy of the base."""
-        model = copy.deepcopy(base.denoiser).requires_grad_(True)
+        """A fresh run: the student equals the base."""
+        student = make_student(config, base)
         optimizer = torch.optim.AdamW(
-            model.parameters(),
+            student.trainable.values(),
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
@@ -52,29 +52,32 @@ class TrainState:
             num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.max_train_steps,
         )
-        reference_model = base.denoiser if config.reference_decay == 1 else copy.deepcopy(base.denoiser)
-        return cls(config, base, model, reference_model, optimizer, lr_scheduler, rollout)
+        scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
+        return cls(config, base, student, optimizer, lr_scheduler, scaler, rollout)
+
+    @property
+    def model(self) -> nn.Module:
+        """The student as a negative model."""
+        return self.student.model
 
     def relative_delta(self) -> float:
         """||delta|| / ||theta||: how far the student has moved from the base, as a share of its weights."""
-        theta = [parameter.detach() for parameter in self.base.denoiser.parameters()]
-        delta = torch._foreach_sub([parameter.detach() for parameter in self.model.parameters()], theta)
-        return (_norm(delta) / _norm(theta)).item()
+        return self.student.relative_delta()
 
     def tensors(self) -> dict[str, Tensor]:
         """Live tensors under flat names; `restore` copies into the same ones."""
-        found = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
-        if self.reference_model is not self.base.denoiser:
-            found |= {f"reference_model.{name}": parameter for name, parameter in self.reference_model.named_parameters()}
-        for name, parameter in self.model.named_parameters():
+        found = {f"model.{name}": parameter.detach() for name, parameter in self.student.trainable.items()}
+        found |= {f"reference_model.{name}": tensor.detach() for name, tensor in self.student.averaged.items()}
+        for name, parameter in self.student.trainable.items():
             found |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
         return found | {f"rollout.{name}": value for name, value in self.rollout.tensors.items()}
 
     def scalars(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _COUNTERS} | {
             "lr_scheduler": {key: value for key, value in self.lr_scheduler.state_dict().items() if key != "lr_lambdas"},
+            "scaler": self.scaler.state_dict(),
             "settings": binding(self.config),
-            "base_sha256": _fingerprint(self.base.denoiser),
+            "base_sha256": self.fingerprint,
         }
 
     def restore(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
@@ -89,10 +92,10 @@ class TrainState:
                     f"the checkpoint was made with {name} = {scalars['settings'].get(name)}, got {value}; "
                     "resume with the run's own config.yaml, or start in another output_dir"
                 )
-        if scalars["base_sha256"] != _fingerprint(self.base.denoiser):
+        if scalars["base_sha256"] != self.fingerprint:
             raise UserError(f"the checkpoint was made from other weights than {self.config.pretrained_model_name_or_path}")
-        for parameter in self.model.parameters():
-            self.optimizer.state[parameter] = {"step": torch.tensor(0.0)} | {
+        for parameter in self.student.trainable.values():
+            self.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device)} | {
                 key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")
             }
         for name, value in self.tensors().items():
@@ -100,16 +103,16 @@ class TrainState:
         self.lr_scheduler.load_state_dict(scalars["lr_scheduler"] | {"lr_lambdas": [None]})
         for group, rate in zip(self.optimizer.param_groups, scalars["lr_scheduler"]["_last_lr"], strict=True):
             group["lr"] = rate
+        self.scaler.load_state_dict(scalars["scaler"])
         for name in _COUNTERS:
             setattr(self, name, scalars[name])
 
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(tensors)).norm()
-
-
-def _fingerprint(model: ModelMixin) -> str:
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the base's weights, which training leaves as they are."""
+        own = {id(tensor) for tensor in (*self.student.trainable.values(), *self.student.averaged.values())}
+        digest = hashlib.sha256()
+        for parameter in self.base.denoiser.parameters():
+            if id(parameter) not in own:
+                digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()

@@ -2,18 +2,42 @@
 
 import signal
 
+import torch
+
 from selfnpo.checkpoint import write_text
 from selfnpo.cli import run
-from selfnpo.config import TrainConfig, parse_config, to_yaml
-from selfnpo.models import DEMO, load_pretrained
-from selfnpo.output import prepare_output
+from selfnpo.config import TrainConfig, dtype_of, parse_config, to_yaml
+from selfnpo.data import TrainData, read_data
+from selfnpo.memory import memory_plan
+from selfnpo.models import PretrainedModel, Source, default_device, load_pretrained
+from selfnpo.output import check_output, prepare_output
 from selfnpo.results import RESULTS, demo_report, save_metrics, save_negative
 from selfnpo.trainer import Trainer
 
 
+def load_base(config: TrainConfig, data: TrainData) -> PretrainedModel:
+    """The base where training wants it: a LoRA shares its weights, full training keeps them on the host beside a GPU."""
+    lora, device, dtype = config.rank > 0, default_device(), dtype_of(config.mixed_precision)
+    return load_pretrained(
+        config,
+        config,
+        data.prompts,
+        config.validation_prompt,
+        device=device,
+        dtype=dtype,
+        weights_device=device if lora else torch.device("cpu"),
+        weights_dtype=dtype if lora else torch.float32,
+        stream_conditions=config.low_vram,
+    )
+
+
 def main(config: TrainConfig) -> int | None:
-    base = load_pretrained(config.pretrained_model_name_or_path)
-    trainer = Trainer(config, base, config.output_dir)
+    check_output(config.output_dir, config.overwrite, resume=config.resume_from_checkpoint is not None)
+    source = Source(config)
+    data = read_data(config, source)
+    print(memory_plan(config, source, len(data.prompts), default_device()))
+    base = load_base(config, data)
+    trainer = Trainer(config, base, config.output_dir, data=data)
     prepare_output(config.output_dir, RESULTS, config.overwrite, resume=config.resume_from_checkpoint is not None)
     write_text(config.output_dir / "config.yaml", to_yaml(config))
 
@@ -22,10 +46,12 @@ def main(config: TrainConfig) -> int | None:
     if status == "interrupted":
         print(f"interrupted after step {trainer.state.step}; continue with --resume_from_checkpoint latest")
         return 128 + signal.SIGINT
-    negative = save_negative(trainer.state)
+    negative = save_negative(trainer.state, status)
     print(f"negative model: {negative}")
-    if config.pretrained_model_name_or_path == DEMO:
+    if source.is_demo:
         print(demo_report(trainer.state, status))
+    else:
+        print(f"plain samples beside negative-guided ones: {trainer.save_grid()}")
     print(f"all results: {config.output_dir}")
 
 

@@ -22,43 +22,51 @@ from selfnpo.checkpoint import (
     write_text,
 )
 from selfnpo.config import TrainConfig
+from selfnpo.data import TrainData, encode_data
 from selfnpo.errors import UserError
 from selfnpo.models import PretrainedModel
 from selfnpo.objective import TruncatedObjective
 from selfnpo.rollout import DataRollout, NoiseRollout, Reference, Rollout, TrajectoryPool
 from selfnpo.schedule import make_grid, make_schedule
 from selfnpo.state import TrainState
+from selfnpo.student import average
+from selfnpo.validation import save_grid
 
 
-def make_rollout(config: TrainConfig, base: PretrainedModel) -> Rollout:
+def make_rollout(config: TrainConfig, base: PretrainedModel, data: TrainData | None = None) -> Rollout:
     grid = make_grid(base.scheduler, config.num_inference_steps)
-    reference = Reference(base, grid, config.rollout_guidance_scale)
+    reference = Reference(base, grid, config.rollout_guidance_scale, config.train_batch_size)
     if config.rollout == "pool":
-        return TrajectoryPool(reference, config.train_batch_size, config.seed, config.pool_size)
+        return TrajectoryPool(reference, config.total_batch_size, config.seed, config.pool_size)
     if config.rollout == "data":
-        from selfnpo.world.data import halves  # the only data at hand; scikit-learn is slow to import
-
-        digits, _ = halves()
+        samples, conditions = encode_data(data, base) if data and data.files else _digits()
         return DataRollout(
-            reference,
-            config.train_batch_size,
-            config.seed,
-            grid,
-            digits.images,
-            digits.labels,
-            config.num_rollout_steps,
+            reference, config.total_batch_size, config.seed, grid, samples, conditions, config.num_rollout_steps
         )
-    return NoiseRollout(reference, config.train_batch_size, config.seed, full=config.rollout == "full")
+    return NoiseRollout(reference, config.total_batch_size, config.seed, full=config.rollout == "full")
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    from selfnpo.world.data import halves  # scikit-learn is slow to import
+
+    digits, _ = halves()
+    return digits.images, digits.labels
 
 
 class Trainer:
     """One run. Without an `output_dir` nothing is written and nothing can be resumed."""
 
     def __init__(
-        self, config: TrainConfig, base: PretrainedModel, output_dir: Path | None = None, rollout: Rollout | None = None
+        self,
+        config: TrainConfig,
+        base: PretrainedModel,
+        output_dir: Path | None = None,
+        rollout: Rollout | None = None,
+        data: TrainData | None = None,
     ):
         self.config, self.base, self.output_dir = config, base, output_dir
-        self.state = TrainState.start(config, base, rollout or make_rollout(config, base))
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        self.state = TrainState.start(config, base, rollout or make_rollout(config, base, data))
         self.objective = TruncatedObjective(
             base,
             make_schedule(base.scheduler),
@@ -69,12 +77,9 @@ class Trainer:
             condition_dropout=config.condition_dropout,
             seed=config.seed,
         )
-        self.parameters = [*self.state.model.parameters()]
-        self.reference_parameters = [*self.state.reference_model.parameters()]
-        self.student: nn.Module = self.state.model
-        self.reference: nn.Module = self.state.reference_model
+        self.parameters = [*self.state.student.trainable.values()]
         if config.compile:
-            self.student, self.reference = torch.compile(self.student), torch.compile(self.reference)
+            self.state.student.compile()
         if config.resume_from_checkpoint is not None:
             latest = config.resume_from_checkpoint == "latest"
             self.state.restore(
@@ -84,21 +89,26 @@ class Trainer:
 
     def train_step(self) -> tuple[Tensor, Tensor]:
         """One step of the whole recipe; (loss, gradient norm), not yet synchronised with the host."""
-        state = self.state
+        state, config = self.state, self.config
         with torch.no_grad():
-            batch = state.rollout.draw(self.reference, state.step)
-        loss = self.objective(self.student, batch, state.step)
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        state.optimizer.step()
+            batch = state.rollout.draw(state.student.reference, state.step)
+        losses = []
+        with state.student.training():
+            for start in range(0, config.total_batch_size, config.train_batch_size):
+                part = slice(start, start + config.train_batch_size)
+                loss = self.objective(state.student.student, batch, state.step, part) / config.gradient_accumulation_steps
+                state.scaler.scale(loss).backward()
+                losses.append(loss.detach())
+        state.scaler.unscale_(state.optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
         state.optimizer.zero_grad()
         state.lr_scheduler.step()
-        if self.config.reference_decay < 1:
-            with torch.no_grad():
-                torch._foreach_lerp_(self.reference_parameters, self.parameters, 1 - self.config.reference_decay)
+        average(state.student, config.reference_decay)
         state.reference_evaluations += batch.evaluations
         state.step += 1
-        return loss.detach(), grad_norm
+        return torch.stack(losses).sum(), grad_norm
 
     def run(self) -> str:
         """Train to the end. Returns why it ended: completed, strength reached or interrupted."""
@@ -128,7 +138,19 @@ class Trainer:
                 if last or ending != "completed" or state.step % config.checkpointing_steps == 0:
                     state.seconds = time.perf_counter() - started
                     self._checkpoint()
+                if config.validation_steps and state.step % config.validation_steps == 0:
+                    pause = time.perf_counter()
+                    self.save_grid()
+                    started += time.perf_counter() - pause
         return ending
+
+    def save_grid(self) -> Path | None:
+        """A picture of plain samples beside those guided by the student, in output_dir/samples."""
+        return (
+            save_grid(self.output_dir / "samples" / f"step-{self.state.step:06}.png", self.state)
+            if self.output_dir
+            else None
+        )
 
     def _log_row(self, losses: list[Tensor], grad_norm: Tensor) -> dict[str, Any]:
         state = self.state
@@ -139,9 +161,11 @@ class Trainer:
             "learning_rate": state.lr_scheduler.get_last_lr()[0],
             "relative_delta": state.relative_delta(),
             "reference_evaluations": state.reference_evaluations,
-            "samples_per_second": state.step * self.config.train_batch_size / state.seconds,
+            "samples_per_second": state.step * self.config.total_batch_size / state.seconds,
         }
-        if not all(math.isfinite(row[name]) for name in ("loss", "grad_norm", "relative_delta")):
+        if state.scaler.is_enabled() and not math.isfinite(row["grad_norm"]):
+            row["grad_norm"] = None  # the step was left out, and the scale of the loss lowered
+        if not all(row[name] is None or math.isfinite(row[name]) for name in ("loss", "grad_norm", "relative_delta")):
             raise UserError(
                 f"training diverged by step {state.step} (loss {row['loss']}, gradient norm {row['grad_norm']}); lower "
                 f"learning_rate (now {self.config.learning_rate}); {self._last_checkpoint()}"
@@ -203,7 +227,8 @@ def _log_writer(config: TrainConfig, output_dir: Path | None) -> Iterator:
             file.write(json.dumps(row) + "\n")
             file.flush()
             for name, value in row.items() if board else ():
-                board.add_scalar(name, value, row["step"])
+                if value is not None:
+                    board.add_scalar(name, value, row["step"])
 
         yield write
     if board:

@@ -5,6 +5,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels then run on the CPU
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests need no network, and prove it
 
 from selfnpo.models import PretrainedModel, load_pretrained
 
@@ -17,4 +18,4 @@ def _two_threads():
 
 @pytest.fixture(scope="session")
 def demo() -> PretrainedModel:
-    return load_pretrained("demo")
+    return load_pretrained()

@@ -4,7 +4,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from selfnpo.models import PretrainedModel
+from selfnpo.models import Conditions, PretrainedModel
+from selfnpo.models.class_conditional import ClassConditional
 from selfnpo.schedule import make_schedule
 
 SCHEDULER = DDIMScheduler(beta_schedule="linear", timestep_spacing="trailing")  # nearly pure noise at its end
@@ -45,4 +46,6 @@ class ExactDenoiser(nn.Module):
 
 def exact_model() -> PretrainedModel:
     """Two conditions that mean the same; the last is the null condition."""
-    return PretrainedModel(ExactDenoiser(), SCHEDULER, {"class_labels": torch.arange(2)}, (2,))
+    return PretrainedModel(
+        ClassConditional(), ExactDenoiser(), SCHEDULER, Conditions(1, {"class_labels": torch.arange(2)}, {}), (2,)
+    )

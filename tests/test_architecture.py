@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from selfnpo.config import TrainConfig
+from selfnpo.models import SampleOptions
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for folder in ("selfnpo", "selfnpo_kernels") for path in (ROOT / folder).rglob("*.py"))
@@ -46,7 +47,8 @@ def test_every_setting_is_read_somewhere():
     readers = "".join(path.read_text() for path in SOURCES if path.name != "config.py")
     config = (ROOT / "selfnpo" / "config.py").read_text()
     for field in dataclasses.fields(TrainConfig):
-        pattern = rf"(config|given|named)\.{field.name}\b"
+        inherited = "|self" if field.name in SampleOptions.__dataclass_fields__ else ""  # it has a method of its own
+        pattern = rf"(config|options|named|in_file{inherited})\.{field.name}\b"
         assert re.search(pattern, readers) or (field.name in {"preset", "config"} and re.search(pattern, config)), field.name
 
 

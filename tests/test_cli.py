@@ -47,6 +47,7 @@ def test_a_run_leaves_a_diffusers_folder_its_settings_and_its_cost(trained, demo
         "config.yaml",
         "metrics.json",
         "log.jsonl",
+        "samples",
         "checkpoint-4",
     }
     negative = DiTTransformer2DModel.from_pretrained(trained / "negative")
@@ -84,7 +85,7 @@ def test_the_demo_judges_its_negative_and_shows_it(tmp_path, monkeypatch, capsys
         "selfnpo.results.evaluate", lambda *args, num_samples, **kw: evaluate.evaluate(*args, num_samples=200, **kw)
     )
     assert call("train", "--max_train_steps", 30, "--output_dir", tmp_path / "out") == 0
-    assert set(RESULTS) - {"tensorboard"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert set(RESULTS) - {"tensorboard", "samples"} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert "w = 2" in capsys.readouterr().out
     report = (tmp_path / "out" / "report.md").read_text()
     assert "recall" in report
@@ -170,7 +171,7 @@ def test_base_trains_what_the_package_ships(tmp_path):
         (["--output_dir", "/proc/selfnpo"], "output_dir /proc/selfnpo cannot be written"),
         (
             ["--pretrained_model_name_or_path", "nothing/here"],
-            "expected 'demo' or a folder with transformer/ and scheduler/",
+            "nothing/here is no folder here and could not be fetched from the hub; expected 'demo', a diffusers folder",
         ),
     ],
 )
@@ -244,7 +245,7 @@ def damage(folder: Path, kind: str) -> None:
         ("truncated", "could not be loaded"),
         ("foreign", "another architecture than the base"),
         ("another config", "missing keys such as"),
-        ("pickle", "could not be loaded"),
+        ("pickle", "in a format that can run code when it is opened; convert them once"),
         ("no config", "holds no config.json"),
         ("broken config", "could not be loaded"),
         ("not finite", "inf or NaN"),
@@ -274,7 +275,7 @@ def test_damaged_and_foreign_weights_are_refused(kind, sentence, tmp_path, capsy
         ("evaluate", ["--seeds", "1", "1"], "different non-negative"),
         ("evaluate", ["--arms", "early"], "expected self-npo among them"),
         ("evaluate", ["--arms", "best"], "invalid choice 'best'"),
-        ("evaluate", ["--negative", "nowhere"], "nowhere holds no config.json"),
+        ("evaluate", ["--negative", "nowhere"], "nowhere is no folder here and could not be fetched"),
         ("base", [], "output_dir"),
         ("base", ["--output_dir", "out", "--max_train_steps", "0"], "max_train_steps is 0"),
         ("base", ["--output_dir", "/proc/selfnpo"], "cannot be written"),
@@ -302,7 +303,8 @@ def test_a_backend_that_cannot_run_is_said_before_anything_is_written(name, sent
 
 def test_every_setting_is_documented():
     """tyro shows the docstring under a field as its help; one is missing where the source has two fields in a row."""
-    source = Path(train.__file__).with_name("config.py").read_text()
+    package = Path(train.__file__).parent
+    source = "".join((package / name).read_text() for name in ("config.py", "models/source.py", "models/family.py"))
     for field in dataclasses.fields(TrainConfig):
         line = source.index(f"    {field.name}: ")
         assert source[line:].split("\n")[1].strip().startswith('"""'), field.name

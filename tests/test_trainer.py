@@ -117,7 +117,7 @@ def test_the_reference_is_an_average_of_the_student(demo):
     for _ in range(3):
         trainer.train_step()
         expected = [0.9 * old + 0.1 * new.detach() for old, new in zip(expected, trainer.parameters, strict=True)]
-    for average, reference in zip(expected, trainer.reference_parameters, strict=True):
+    for average, reference in zip(expected, trainer.state.student.averaged.values(), strict=True):
         torch.testing.assert_close(average, reference)
 
 
@@ -155,18 +155,18 @@ def test_compiled_training_is_the_same_training(demo):
     losses = [(plain.train_step()[0].item(), compiled.train_step()[0].item()) for _ in range(8)]
     for one, other in losses:
         assert other == pytest.approx(one, rel=1e-3)
-    assert type(compiled.student).__name__ == "OptimizedModule"
+    assert type(compiled.state.student.student).__name__ == "OptimizedModule"
 
 
 def test_the_loss_falls_on_a_fixed_batch(demo):
     trainer = Trainer(replace(SHORT, learning_rate=1e-3, rollout_guidance_scale=2.0), demo)
     with torch.no_grad():
-        batch = trainer.state.rollout.draw(trainer.reference, 0)
+        batch = trainer.state.rollout.draw(trainer.state.student.reference, 0)
         for step in range(1, 20):
-            batch = trainer.state.rollout.draw(trainer.reference, step)
+            batch = trainer.state.rollout.draw(trainer.state.student.reference, step)
     losses = []
     for _ in range(30):
-        loss = trainer.objective(trainer.student, batch, 0)
+        loss = trainer.objective(trainer.state.student.student, batch, 0)
         loss.backward()
         trainer.state.optimizer.step()
         trainer.state.optimizer.zero_grad()

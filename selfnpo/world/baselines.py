@@ -17,7 +17,7 @@ def random_perturbation(base: ModelMixin, negative: ModelMixin, seed: int) -> Mo
     perturbed = copy.deepcopy(base)
     with torch.no_grad():
         for index, (theta, trained) in enumerate(zip(perturbed.parameters(), negative.parameters(), strict=True)):
-            ids = torch.zeros(1, dtype=torch.int64)
+            ids = torch.zeros(1, dtype=torch.int64, device=theta.device)
             noise = philox_normal((1, theta.numel()), seed, index, Site.PERTURBATION, ids).reshape(theta.shape)
             theta += noise * ((trained - theta).norm() / noise.norm())
     return perturbed
@@ -35,5 +35,5 @@ class ShuffledLabels:
     def draw(self, denoiser: nn.Module, step: int) -> Truncated:
         image = draw_index(0, len(self.digits.images), self.seed, step, Site.IMAGE, self.ids)
         label = draw_index(0, 10, self.seed, step, Site.CONDITION, self.ids)
-        images = self.digits.images[image]
+        images = self.digits.images[image].to(next(denoiser.parameters()).device)
         return Truncated(images, images, self.position, label, 0)

@@ -79,7 +79,7 @@ def evaluate(
 
     def measure(arm: str, guidance_scale: float, seed: int, negative: nn.Module) -> None:
         samples = ddim_sample(base, start_noise(base, num_samples, seed), labels, guidance_scale, negative)
-        values.setdefault(arm, {}).setdefault(guidance_scale, []).append(metrics(samples, labels))
+        values.setdefault(arm, {}).setdefault(guidance_scale, []).append(metrics(samples.cpu(), labels))
 
     for seed, models in zip(tqdm(seeds, desc="replicates", disable=None), negatives, strict=True):
         measure(NONE, 1.0, seed, base.denoiser)

@@ -1,0 +1,52 @@
+"""What a run trains on: prompts, and for rollouts that start from data, an image folder through the VAE."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from selfnpo.config import TrainConfig
+from selfnpo.errors import UserError
+from selfnpo.images import encode_images, read_folder
+from selfnpo.models import PretrainedModel, Source
+from selfnpo.prompts import read_prompts
+
+
+@dataclass(frozen=True)
+class TrainData:
+    prompts: list[str]  # each once
+    files: list[Path]  # images; empty where rollouts start from noise
+    captions: list[str]  # of the images
+
+
+def read_data(config: TrainConfig, source: Source) -> TrainData:
+    """The prompts and the names of the images that the settings ask for.
+
+    Raises:
+        UserError: they cannot be read, or do not go with the model.
+    """
+    if config.train_data_dir is None:
+        if config.rollout == "data" and not source.is_demo:
+            raise UserError(
+                "rollouts start from data (--rollout data, or --preset released), but no images are given; pass --train_data_dir "
+                "FOLDER, or --rollout pool, which needs none"
+            )
+        return TrainData(read_prompts(config.prompts, config.prompt_dataset, config.local_files_only), [], [])
+    if config.prompts != "none" or config.prompt_dataset is not None:
+        raise UserError("prompts are given, but rollouts from images take the images' captions; leave one of the two out")
+    files, captions = read_folder(config.train_data_dir)
+    return TrainData([*dict.fromkeys(captions)] if source.family.takes_prompts else [""], files, captions)
+
+
+def encode_data(data: TrainData, base: PretrainedModel) -> tuple[Tensor, Tensor]:
+    """The images as samples `[n, ...]`, and their conditions `[n]`, both on the CPU."""
+    height, width = base.family.pixels(base.sample_shape, base.source.scale)
+    images = encode_images(base.source.vae(), data.files, height, width, base.device)
+    if images.shape[1:] != base.sample_shape:
+        raise UserError(f"an image gives samples of {tuple(images.shape[1:])}, the model takes {base.sample_shape}; for a video "
+                        "model pass --num_frames 1, or --rollout pool")  # fmt: skip
+    if not base.family.takes_prompts:
+        return images, torch.full((len(images),), base.null_condition)
+    number = {prompt: index for index, prompt in enumerate(data.prompts)}
+    return images, torch.tensor([number[caption] for caption in data.captions])

@@ -1,0 +1,71 @@
+"""The README.md of a trained negative: what it was made from, how, at what cost, and how it is used."""
+
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from selfnpo.config import TrainConfig, to_yaml
+from selfnpo.models import Family
+
+_USE = """\
+## How to use it
+
+It is no model to sample from: it is what classifier-free guidance steers away from, in place of the base itself,
+
+    eps = (w + 1) eps_base(x, t, prompt) - w eps_negative(x, t, "")
+
+```
+python -m selfnpo.sample --pretrained_model_name_or_path {base} --negative {folder} {prompt}--overwrite
+```
+
+`--beta` weakens it (theta + beta delta), `--positive` and `--alpha` combine it with a fine-tuned positive model
+(theta + alpha eta + beta delta), `--guidance_scale` is w + 1; it was shown with alpha = 1, beta = 1, w = {w:g}."""
+
+
+def model_card(
+    config: TrainConfig, family: Family, cost: dict[str, Any], status: str, quality: dict[str, Any] | None
+) -> str:
+    """Markdown with the metadata that the Hugging Face hub reads.
+
+    Args:
+        quality: metrics by method and guidance scale, where samples were judged.
+    """
+    base = config.pretrained_model_name_or_path
+    tags = ["self-npo", "negative-preference-optimization", "diffusers", family.name, *(["lora"] if config.rank else [])]
+    data = ModelCardData(base_model=base, library_name="diffusers", tags=tags)
+    scale = config.validation_guidance_scale or family.guidance_scale
+    return "\n\n".join(
+        (
+            f"---\n{data.to_yaml()}\n---",
+            f"# Self-NPO negative for {base}",
+            f"A negative model for `{base}`, fine-tuned on truncated rollouts of the model itself ([Self-NPO]"
+            "(https://arxiv.org/abs/2505.11777)): without data beyond those that the settings name, and without a reward.",
+            _USE.format(
+                base=base,
+                folder=config.output_dir / "negative",
+                prompt='--prompt "a lighthouse in a storm" ' if family.takes_prompts else "",
+                w=scale - 1,
+            ),
+            f"## Cost\n\nEnded: {status}.\n\n" + _table(cost),
+            "## Metrics\n\n" + (_quality(quality) if quality else "Its samples were not judged."),
+            f"## Settings\n\n```yaml\n{to_yaml(config)}```\n",
+        )
+    )
+
+
+def _table(values: dict[str, Any]) -> str:
+    rows = [f"| {name.replace('_', ' ')} | {_text(value)} |" for name, value in values.items()]
+    return "\n".join(("| what | value |", "| --- | --- |", *rows))
+
+
+def _quality(quality: dict[str, Any]) -> str:
+    rows = [
+        f"| {arm} | {scale} | " + ", ".join(f"{name} {_text(value)}" for name, value in replicates[0].items()) + " |"
+        for arm, scales in quality.items()
+        for scale, replicates in scales.items()
+    ]
+    return "\n".join(("| negative | w + 1 | first replicate |", "| --- | --- | --- |", *rows))
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,12 @@
+"""Families of diffusion models behind one interface (family.py), and how their checkpoints are loaded (source.py, loading.py)."""
+
+from selfnpo.models.demo import DEMO, DEMO_FOLDER
+from selfnpo.models.family import Family, SampleOptions
+from selfnpo.models.loading import default_device, load_negative, load_pretrained
+from selfnpo.models.pretrained import Conditions, PretrainedModel
+from selfnpo.models.source import FAMILIES, ModelOptions, Source
+
+__all__ = [
+    "DEMO", "DEMO_FOLDER", "FAMILIES", "Conditions", "Family", "ModelOptions", "PretrainedModel", "SampleOptions", "Source",
+    "default_device", "load_negative", "load_pretrained",
+]  # fmt: skip

@@ -1,0 +1,6 @@
+"""The embedded demo: a class-conditional DiT on 8x8 digits, shipped with the package."""
+
+from pathlib import Path
+
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parents[1] / "world" / "weights"

@@ -1,0 +1,129 @@
+"""What a family of diffusion models is: the few things in which Stable Diffusion, CogVideoX and a plain UNet differ.
+
+A family is one file of this package with one subclass. It says how a denoiser is called, which shape its samples have, what
+its conditions are and where a LoRA goes; nothing else in the project knows a family's name.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import diffusers
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
+
+from selfnpo.errors import UserError
+
+Config = dict[str, Any]  # config.json of a denoiser
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """The size of what is sampled, and SDXL's micro-conditioning; None is what the model was trained for."""
+
+    resolution: int | None = None
+    """Height and width in pixels; by default what the model was trained for."""
+    height: int | None = None
+    """Height in pixels, if it is not the resolution."""
+    width: int | None = None
+    """Width in pixels, if it is not the resolution."""
+    num_frames: int | None = None
+    """Frames of a video."""
+    original_size: tuple[int, int] | None = None
+    """SDXL: height and width that the model is told its training image had; by default those sampled."""
+    crops_coords_top_left: tuple[int, int] = (0, 0)
+    """SDXL: where the model is told its training image was cropped."""
+    target_size: tuple[int, int] | None = None
+    """SDXL: height and width that the model is told to aim for; by default those sampled."""
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels, with those of the model's training as defaults."""
+        return self.height or self.resolution or height, self.width or self.resolution or width
+
+
+class Family(ABC):
+    """Stateless; `denoiser` is always a model of `denoiser_class`, `config` its configuration."""
+
+    name: ClassVar[str]
+    denoiser_class: ClassVar[type[ModelMixin]]
+    pipeline_name: ClassVar[str]  # of a class of diffusers; imported when it is needed, for it brings transformers along
+    component: ClassVar[str]  # the denoiser's name in the pipeline
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    text_components: ClassVar[tuple[str, ...]] = ()  # of the pipeline, to encode prompts with; empty where none are taken
+    guidance_scale: ClassVar[float] = 7.5  # w + 1 of pictures
+    base_model_version: ClassVar[str] = (
+        ""  # `ss_base_model_version` of kohya's LoRA files; empty: ComfyUI knows no such LoRA
+    )
+    architecture: ClassVar[str]  # of https://github.com/Stability-AI/ModelSpec
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}  # what a preset changes for this family
+
+    def matches(self, config: Config) -> bool:
+        """Whether a denoiser of `denoiser_class` with this configuration belongs to the family."""
+        return True
+
+    def check(self, config: Config) -> None:
+        """Raise a UserError for a variant of the architecture that takes more inputs than this family gives."""
+        if config["in_channels"] != config["out_channels"]:
+            raise UserError(
+                f"the denoiser takes {config['in_channels']} channels and returns {config['out_channels']}: it is a variant for "
+                "inpainting, editing or image-to-video; train on the text-to-image or text-to-video model that it came from"
+            )
+
+    @abstractmethod
+    def sample_shape(self, config: Config, scale: int, options: SampleOptions) -> tuple[int, ...]:
+        """The shape of one sample without its batch; `scale` is the number of pixels per latent in each direction.
+
+        Raises:
+            UserError: a size that the family cannot have.
+        """
+
+    def pixels(self, sample_shape: tuple[int, ...], scale: int) -> tuple[int, int]:
+        """(height, width) in pixels of a sample."""
+        return sample_shape[-2] * scale, sample_shape[-1] * scale
+
+    def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
+        """Shapes of the rows that `encode` returns, without the number of prompts."""
+        return {}
+
+    @property
+    def pipeline_class(self) -> type[DiffusionPipeline]:
+        return getattr(diffusers, self.pipeline_name)
+
+    @property
+    def takes_prompts(self) -> bool:
+        return bool(self.text_components)
+
+    def max_tokens(self, tokenizer: Any, config: Config) -> int:
+        """Tokens of a prompt, special ones included, beyond which it is cut."""
+        return tokenizer.model_max_length
+
+    def encode(self, pipeline: DiffusionPipeline, config: Config, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Arguments of the denoiser, one row per prompt: `[n, ...]`; only where `takes_prompts`."""
+        raise NotImplementedError
+
+    def encode_null(self, pipeline: DiffusionPipeline, config: Config) -> dict[str, Tensor]:
+        """The same for the null condition, as the family's pipeline makes it: `[1, ...]`."""
+        return self.encode(pipeline, config, [""])
+
+    def classes(self, config: Config) -> dict[str, Tensor]:
+        """Arguments of the denoiser, one row per class and a last one for the null condition; where prompts are not taken."""
+        return {}
+
+    def constants(
+        self, config: Config, sample_shape: tuple[int, ...], scale: int, options: SampleOptions
+    ) -> dict[str, Tensor | tuple[Tensor, ...]]:
+        """Arguments of the denoiser that are the same for all samples: tensors `[1, ...]` to repeat per sample, or tuples of
+        tensors to hand over as they are."""
+        return {}
+
+    def call(self, denoiser: nn.Module, sample: Tensor, timesteps: Tensor, conditions: dict[str, Any]) -> Tensor:
+        """model_output `[B, ...]`, in the shape of `sample`."""
+        return denoiser(sample, timesteps, return_dict=False, **conditions)[0]
+
+
+def multiple(name: str, value: int, of: int) -> None:
+    """Raises: UserError unless `value` is a positive multiple."""
+    if value < of or value % of:
+        near = max(of, round(value / of) * of)
+        raise UserError(f"{name} is {value}; expected a multiple of {of} for this model, such as {near}")

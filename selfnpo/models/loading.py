@@ -1,0 +1,147 @@
+"""From a source on disk or on the hub to a model that can be asked."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor
+from tqdm import tqdm
+
+from selfnpo.errors import UserError
+from selfnpo.models.family import SampleOptions
+from selfnpo.models.pretrained import Conditions, PretrainedModel
+from selfnpo.models.source import LORA_FILE, ModelOptions, Source
+from selfnpo.prompts import too_long
+
+ENCODE_BATCH = 16
+SHARE_OF_DEVICE = 0.1  # of its free memory, which encoded prompts may take; beyond, they are streamed from the host
+
+
+def load_pretrained(
+    options: ModelOptions | None = None,
+    sizes: SampleOptions | None = None,
+    prompts: Sequence[str] = ("",),
+    further_prompts: Sequence[str] = (),
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    weights_device: torch.device | None = None,
+    weights_dtype: torch.dtype = torch.float32,
+    stream_conditions: bool = False,
+) -> PretrainedModel:
+    """A pretrained model, by default the embedded demo. Text encoders are loaded, asked once and freed before the denoiser
+    is loaded.
+
+    Args:
+        prompts: what the model is trained on, for families that take prompts.
+        further_prompts: conditions behind the null condition, for pictures; class numbers where a family has classes.
+        device: of samples and arithmetic; by default a GPU where there is one.
+        dtype: of the network's arithmetic.
+        weights_device, weights_dtype: of the denoiser; by default `device` and float32.
+        stream_conditions: keep the conditions on the host, in pinned memory, instead of on the device.
+
+    Raises:
+        UserError: a part is missing, unreachable, corrupt or of another kind, or a size that the model cannot have.
+    """
+    source, sizes, device = Source(options or ModelOptions()), sizes or SampleOptions(), device or default_device()
+    sample_shape = source.family.sample_shape(source.config, source.scale, sizes)
+    scheduler = source.scheduler
+    conditions = _conditions(source, sample_shape, sizes, prompts, further_prompts, device, dtype, stream_conditions)
+    denoiser = source.denoiser(weights_dtype).to(weights_device or device)
+    return PretrainedModel(source.family, denoiser, scheduler, conditions, sample_shape, device, dtype, source)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def load_negative(name_or_path: str | Path, base: PretrainedModel) -> ModelMixin:
+    """A trained negative: a denoiser of the base's architecture, or a LoRA folder, merged into the base.
+
+    Raises:
+        UserError: it is missing, corrupt or of another architecture.
+    """
+    name = str(name_or_path)
+    if (Path(name) / LORA_FILE).is_file():
+        negative = Source(replace(base.source.options, lora_name_or_path=name, lora_scale=1.0)).denoiser(torch.float32)
+    else:
+        negative = base.source.replacement(name, torch.float32)
+    return negative.to(base.device)
+
+
+def _conditions(
+    source: Source,
+    sample_shape: tuple[int, ...],
+    sizes: SampleOptions,
+    prompts: Sequence[str],
+    further: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    stream: bool,
+) -> Conditions:
+    family = source.family
+    if family.takes_prompts:
+        count, rows = len(prompts), _encode(source, prompts, further, device, dtype)
+    else:
+        if tuple(prompts) != ("",):
+            raise UserError(
+                f"prompts were given, but {source.layout} is a {family.name} model, which takes none; leave them out"
+            )
+        classes = family.classes(source.config)
+        count = len(next(iter(classes.values()))) - 1 if classes else 1
+        index = torch.tensor([*range(count + 1), *(_class_number(text, count, bool(classes)) for text in further)])
+        rows = {name: tensor[index] for name, tensor in classes.items()}
+    size = sum(tensor.nbytes for tensor in rows.values())
+    if device.type == "cuda":
+        stream = stream or size > SHARE_OF_DEVICE * torch.cuda.mem_get_info(device)[0]
+        rows = {name: tensor.pin_memory() if stream else tensor.to(device) for name, tensor in rows.items()}
+    constants = family.constants(source.config, sample_shape, source.scale, sizes)
+    return Conditions(count, rows, {name: _on(value, device) for name, value in constants.items()})
+
+
+def _on(value: Tensor | tuple[Tensor, ...], device: torch.device) -> Tensor | tuple[Tensor, ...]:
+    return value.to(device) if isinstance(value, Tensor) else tuple(tensor.to(device) for tensor in value)
+
+
+def _class_number(text: str, count: int, labelled: bool) -> int:
+    if not labelled:
+        raise UserError(f"validation_prompt is {text!r}, but the model is unconditional; leave it out")
+    if not text.isdecimal() or int(text) >= count:
+        raise UserError(f"validation_prompt is {text!r}; expected a class number from 0 to {count - 1} for this model")
+    return int(text)
+
+
+@torch.no_grad()
+def _encode(
+    source: Source, prompts: Sequence[str], further: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Rows of all prompts on the CPU: those of training, the null condition, the further ones."""
+    family = source.family
+    pipeline = source.pipeline(family.text_components, dtype)
+    for name in family.text_components:
+        if name.startswith("tokenizer"):
+            tokenizer = getattr(pipeline, name)
+            limit = family.max_tokens(tokenizer, source.config)
+            if cut := too_long([*prompts, *further], tokenizer, limit):
+                print(
+                    f"warning: {cut} of {len(prompts) + len(further)} prompts are longer than the {limit} tokens of {name}; cut"
+                )
+    pipeline.to(device)
+    found: list[dict[str, Tensor]] = []
+    with tqdm(total=len(prompts) + 1 + len(further), desc="encode prompts", unit="prompt", disable=None) as progress:
+        for group, is_null in ((prompts, False), ([""], True), (further, False)):
+            for start in range(0, len(group), ENCODE_BATCH):
+                batch = group[start : start + ENCODE_BATCH]
+                rows = (
+                    family.encode_null(pipeline, source.config) if is_null else family.encode(pipeline, source.config, batch)
+                )
+                found.append({name: tensor.to("cpu", dtype) for name, tensor in rows.items()})
+                progress.update(len(batch))
+    rows = {name: torch.cat([rows[name] for rows in found]) for name in found[0]}
+    for name, shape in family.condition_shapes(source.config).items():
+        if rows[name].shape[1:] != shape:
+            got = list(rows[name].shape[1:])
+            raise UserError(f"the text encoder of {source.layout} gives {name} of {got}, the denoiser takes {list(shape)}")
+    return rows

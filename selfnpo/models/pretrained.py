@@ -1,0 +1,101 @@
+"""Pretrained diffusion models: a denoiser, its scheduler and the conditions it is asked for.
+
+Conditions are encoded once. Everywhere else in the project a condition is its row number, on the CPU: what is drawn and
+counted stays on the host, what is computed on lies on the device, and nothing waits for the other.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import ModelMixin, SchedulerMixin
+from torch import Tensor, nn
+
+from selfnpo.models.family import Family
+from selfnpo.models.source import Source
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, through pinned memory, so that the host does not wait for the copy."""
+    if tensor.device == device:
+        return tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Arguments of a denoiser: `rows` `[n, ...]` per sample, `constants` (see `Family.constants`) for all.
+
+    Rows 0 to count - 1 are drawn in training, row `count` is the null condition, any further ones are for pictures.
+    """
+
+    count: int
+    rows: Mapping[str, Tensor]
+    constants: Mapping[str, Any]
+
+    def select(self, index: Tensor, device: torch.device) -> dict[str, Any]:
+        """The arguments on `device` for the conditions `index` `[B]`, which lies on the CPU."""
+        found: dict[str, Any] = {}
+        for name, rows in self.rows.items():
+            if rows.device == device:
+                found[name] = rows[move(index, device)]
+            else:
+                found[name] = move(rows[index], device)
+        for name, value in self.constants.items():
+            found[name] = value.expand(len(index), *value.shape[1:]) if isinstance(value, Tensor) else value
+        return found
+
+
+@dataclass(frozen=True)
+class PretrainedModel:
+    family: Family
+    denoiser: ModelMixin
+    scheduler: SchedulerMixin
+    conditions: Conditions
+    sample_shape: tuple[int, ...]  # of one sample: (channels, height, width), with frames in front for videos
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32  # of the network's arithmetic
+    source: Source | None = None  # what else belongs to the model; None for models that no file holds
+
+    @property
+    def num_conditions(self) -> int:
+        return self.conditions.count
+
+    @property
+    def null_condition(self) -> int:
+        return self.conditions.count
+
+    def asked(self, further: int) -> Tensor:
+        """The conditions to show in pictures: `further` many behind the null condition, or without those all of the training."""
+        count = self.conditions.count
+        return torch.arange(count + 1, count + 1 + further) if further else torch.arange(count)
+
+    def move(self, tensor: Tensor) -> Tensor:
+        """A tensor of the host, on the device."""
+        return move(tensor, self.device)
+
+    def predict(self, denoiser: nn.Module, sample: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        """model_output of any denoiser of this architecture.
+
+        Args:
+            sample: `[B, ...]` on the device, float32.
+            timesteps, condition: `[B]` on the CPU.
+        """
+        conditions = self.conditions.select(condition, self.device)
+        mixed = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype) if mixed else nullcontext():
+            model_input = sample.to(self.dtype) if mixed else sample
+            return self.family.call(denoiser, model_input, self.move(timesteps), conditions).to(sample.dtype)
+
+    def predict_guided(
+        self, denoiser: nn.Module, sample: Tensor, timesteps: Tensor, condition: Tensor, guidance_scale: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """(cond, uncond) for `guided_step`, evaluating only what the guidance scale needs: at 0 and 1 a single branch."""
+        null = torch.full_like(condition, self.null_condition)
+        if guidance_scale in (0, 1):
+            return self.predict(denoiser, sample, timesteps, condition if guidance_scale else null), None
+        both = self.predict(denoiser, torch.cat((sample,) * 2), torch.cat((timesteps,) * 2), torch.cat((null, condition)))
+        uncond, cond = both.chunk(2)
+        return cond, uncond

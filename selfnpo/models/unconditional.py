@@ -1,0 +1,34 @@
+"""Unconditional models: `UNet2DModel` on pixels, as of DDPM and DDIM. The negative extrapolates; there is no null condition."""
+
+from typing import ClassVar
+
+from diffusers import UNet2DModel
+
+from selfnpo.errors import UserError
+from selfnpo.models.family import Config, Family, SampleOptions, multiple
+
+
+class Unconditional(Family):
+    name = "unconditional"
+    denoiser_class = UNet2DModel
+    pipeline_name = "DDPMPipeline"
+    component = "unet"
+    guidance_scale = 2.0
+    architecture = "ddpm"
+    # Attention is rare in these networks, so convolutions take part.
+    lora_targets = (*Family.lora_targets, "conv1", "conv2")
+    presets: ClassVar = {"default": {"train_batch_size": 32, "learning_rate": 1e-6, "max_train_steps": 1000}}
+
+    def check(self, config: Config) -> None:
+        super().check(config)
+        if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
+            raise UserError("the UNet2DModel takes class labels, which only DiT models may do here")
+
+    def sample_shape(self, config: Config, scale: int, options: SampleOptions) -> tuple[int, ...]:
+        size = config["sample_size"]
+        trained = size if isinstance(size, (tuple, list)) else (size, size)
+        height, width = options.size(*(side * scale for side in trained))
+        step = scale * 2 ** (len(config["block_out_channels"]) - 1)  # every level halves, and nothing pads
+        for name, value in (("height", height), ("width", width)):
+            multiple(name, value, step)
+        return config["in_channels"], height // scale, width // scale

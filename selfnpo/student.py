@@ -1,0 +1,276 @@
+"""The student that is trained and the reference that teaches it: what the two share decides what they cost in memory.
+
+    form        student                          reference, frozen           reference, averaged
+    full        a copy of its own in float32     in the training precision   an average in float32
+    low rank    adapters on the base's weights   the base, adapters off      a second set of adapters
+
+A bfloat16 average would never move: a step of 0.1 % is below its resolution. Averaging adapters averages their factors.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from typing import ContextManager, Protocol
+
+import torch
+from diffusers import ModelMixin
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from selfnpo.config import TrainConfig
+from selfnpo.errors import UserError
+from selfnpo.models import Family, PretrainedModel
+
+STUDENT, REFERENCE = "student", "reference"  # names of adapters
+
+
+class Student(Protocol):
+    """What the trainer asks for."""
+
+    model: nn.Module  # predicts as the student does, at any time
+    trainable: dict[str, nn.Parameter]
+    averaged: dict[str, Tensor]  # the reference's own weights, under the names of the student's; empty where it is frozen
+    student: nn.Module | Callable  # `model`, and the reference, as they are called in training
+    reference: nn.Module | Callable
+
+    def compile(self) -> None: ...
+
+    def positive(self) -> ContextManager[ModelMixin]:
+        """The base, on the device for as long as the context lasts."""
+        ...
+
+    def training(self) -> ContextManager:
+        """Holds from the student's forward pass to the end of its backward pass."""
+        ...
+
+    def relative_delta(self) -> float:
+        """||delta|| / ||theta||: how far the student has moved from the base, as a share of its weights."""
+        ...
+
+    def merged(self) -> ModelMixin:
+        """theta + delta as a model of its own."""
+        ...
+
+
+def average(student: Student, decay: float) -> None:
+    """One step of the reference's exponential moving average, where it has one."""
+    if student.averaged:
+        averaged = [*student.averaged.values()]
+        now = [
+            parameter.detach().to(old.device) for parameter, old in zip(student.trainable.values(), averaged, strict=True)
+        ]
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, now, 1 - decay)
+
+
+def make_student(config: TrainConfig, base: PretrainedModel) -> Student:
+    """A student that starts as a copy of the base.
+
+    Raises:
+        UserError: the family's models cannot do what the settings ask for.
+    """
+    set_attention(base.denoiser, config.attention)
+    return LowRank(config, base) if config.rank else FullWeights(config, base)
+
+
+def set_attention(model: ModelMixin, attention: str) -> None:
+    """xformers' attention in place of PyTorch's, which `auto` chooses: with flash kernels built in it is as fast."""
+    if attention != "xformers" or not isinstance(model, ModelMixin):
+        return
+    try:
+        import xformers.ops  # noqa: F401
+
+        model.enable_xformers_memory_efficient_attention()
+    except (ImportError, ModuleNotFoundError, ValueError, RuntimeError, OSError, NotImplementedError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"attention is xformers, which cannot run here: {reason}; its wheel must be built for torch {torch.__version__} and "
+            "needs a GPU; use --attention sdpa"
+        ) from error
+
+
+def checkpoint_gradients(config: TrainConfig, model: ModelMixin) -> None:
+    if not (config.gradient_checkpointing or config.low_vram):
+        return
+    if model._supports_gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    elif config.gradient_checkpointing:
+        raise UserError(
+            f"gradient_checkpointing is on, which diffusers does not offer for {type(model).__name__}; leave it out"
+        )
+
+
+class FullWeights:
+    """All weights are trained. The base stays as it was, on the host where a GPU trains."""
+
+    def __init__(self, config: TrainConfig, base: PretrainedModel):
+        self.base = base
+        self.model = converted(base.denoiser, base.device, torch.float32).requires_grad_(True)
+        checkpoint_gradients(config, self.model)
+        self.trainable = dict(self.model.named_parameters())
+        theta = [*base.denoiser.parameters()]
+        is_averaged = config.reference_decay < 1
+        dtype = torch.float32 if is_averaged else base.dtype
+        if is_averaged or theta[0].device != base.device or theta[0].dtype != dtype:
+            reference = converted(base.denoiser, base.device, dtype)
+        else:
+            reference = base.denoiser
+        if config.low_vram and base.device.type == "cuda":
+            reference.to("cpu")
+            reference.enable_group_offload(onload_device=base.device, offload_type="leaf_level")
+        self.averaged = dict(reference.named_parameters()) if is_averaged else {}
+        self.student, self.reference = self.model, reference
+
+    def compile(self) -> None:
+        self.student, self.reference = torch.compile(self.student), torch.compile(self.reference)
+
+    @contextmanager
+    def positive(self) -> Iterator[ModelMixin]:
+        base = self.base.denoiser
+        yield base if next(base.parameters()).device == self.base.device else copy.deepcopy(base).to(self.base.device)
+
+    def training(self) -> ContextManager:
+        return nullcontext()
+
+    def relative_delta(self) -> float:
+        pairs = zip(self.model.parameters(), self.base.denoiser.parameters(), strict=True)
+        # One tensor at a time, so that a base on the host costs the device no more than its largest tensor.
+        delta = [_norm(now.detach() - theta.to(now.device)) for now, theta in pairs]
+        return (torch.stack(delta).norm() / self._theta_norm).item()
+
+    @cached_property
+    def _theta_norm(self) -> Tensor:
+        return torch.stack([_norm(theta) for theta in self.base.denoiser.parameters()]).norm().to(self.base.device)
+
+    def merged(self) -> ModelMixin:
+        return self.model
+
+
+def lora_config(config: TrainConfig, family: Family) -> LoraConfig:
+    targets = list(config.lora_target_modules or family.lora_targets)
+    return LoraConfig(r=config.rank, lora_alpha=config.lora_alpha or config.rank, target_modules=targets)
+
+
+def add_lora(model: ModelMixin, lora: LoraConfig, name: str) -> dict[str, nn.Parameter]:
+    """Adapters at the layers of `model` that `lora` targets, in float32 and switched off; returns their parameters.
+
+    Raises:
+        UserError: no layer is targeted, or the rank is larger than a layer.
+    """
+    try:
+        inject_adapter_in_model(lora, model, name)
+    except ValueError as error:
+        targets = sorted(lora.target_modules)
+        raise UserError(f"lora_target_modules {targets} fit no layers: {str(error).splitlines()[0]}") from error
+    for path, layer in lora_layers(model).items():
+        largest = min(len(layer.weight), layer.weight[0].numel())
+        if lora.r > largest:
+            raise UserError(f"rank is {lora.r}, larger than the layer {path}; expected at most {largest}")
+        layer.enable_adapters(False)
+    found = {path: parameter for path, parameter in model.named_parameters() if f".{name}." in path}
+    for parameter in found.values():
+        parameter.data = parameter.data.float()
+    return found
+
+
+def lora_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+class LowRank:
+    """LoRA adapters are trained. They live in the base itself, which is held once, and are off unless someone asks for them."""
+
+    def __init__(self, config: TrainConfig, base: PretrainedModel):
+        self.weights, self.lora = base.denoiser, lora_config(config, base.family)
+        self.theta = [*self.weights.parameters()]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.trainable = add_lora(self.weights, self.lora, STUDENT)
+            self.averaged = {}
+            if config.reference_decay < 1:
+                added = add_lora(self.weights, self.lora, REFERENCE)
+                self.averaged = dict(zip(self.trainable, added.values(), strict=True))
+        for path, parameter in self.averaged.items():
+            parameter.data.copy_(self.trainable[path].data)
+        checkpoint_gradients(config, self.weights)
+        self.layers = lora_layers(self.weights)
+        self.called: nn.Module | Callable = self.weights
+        self.active: str | None = None
+        self.model = self.student = _Adapted(self, STUDENT)
+        self.reference = _Adapted(self, REFERENCE if self.averaged else None)
+
+    def compile(self) -> None:
+        self.called = torch.compile(self.weights)
+
+    def positive(self) -> ContextManager[ModelMixin]:
+        return nullcontext(self.weights)
+
+    @contextmanager
+    def using(self, adapter: str | None) -> Iterator[None]:
+        before = self.active
+        self._switch(adapter)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, adapter: str | None) -> None:
+        if adapter != self.active:
+            for layer in self.layers.values():
+                if adapter is not None:
+                    layer.set_adapter(adapter)
+                layer.enable_adapters(adapter is not None)
+            self.active = adapter
+
+    def training(self) -> ContextManager:
+        return self.using(STUDENT)  # a checkpointed layer runs again in the backward pass
+
+    def relative_delta(self) -> float:
+        squares = []
+        for layer in self.layers.values():
+            down, up = (part[STUDENT].weight.detach().flatten(1) for part in (layer.lora_A, layer.lora_B))
+            # ||B A||^2 = tr((B^T B) (A A^T)), without the product, which has the size of the layer.
+            squares.append(layer.scaling[STUDENT] ** 2 * ((up.T @ up) * (down @ down.T)).sum())
+        return (torch.stack(squares).sum().clamp(min=0).sqrt() / self._theta_norm).item()
+
+    @cached_property
+    def _theta_norm(self) -> Tensor:
+        return torch.stack([_norm(theta) for theta in self.theta]).norm()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The adapters under peft's names."""
+        return get_peft_model_state_dict(self.weights, adapter_name=STUDENT)
+
+    def merged(self) -> ModelMixin:
+        model = converted(self.weights, torch.device("cpu"), torch.float32)
+        for layer in lora_layers(model).values():
+            layer.enable_adapters(True)
+            layer.merge(adapter_names=[STUDENT])
+        recurse_remove_peft_layers(model)
+        del model.peft_config
+        return model.requires_grad_(False)
+
+
+class _Adapted(nn.Module):
+    """A denoiser with one set of its adapters on."""
+
+    def __init__(self, student: LowRank, adapter: str | None):
+        super().__init__()
+        self._student, self._adapter = (student,), adapter  # in a tuple, for it is no part of this module
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor]:
+        (student,) = self._student
+        with student.using(self._adapter):
+            return student.called(*args, **kwargs)
+
+
+def converted(model: ModelMixin, device: torch.device, dtype: torch.dtype) -> ModelMixin:
+    """A copy; diffusers' own `to` would warn of modules that it keeps in float32, of which these families have none."""
+    return nn.Module.to(copy.deepcopy(model), device, dtype)
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().norm()

@@ -1,0 +1,32 @@
+"""Sample grids of a run: plain guidance beside guidance away from the student, from the same noise."""
+
+from pathlib import Path
+
+import torch
+
+from selfnpo.decode import decode_samples
+from selfnpo.picture import save_comparison
+from selfnpo.sampling import ddim_sample, start_noise
+from selfnpo.state import TrainState
+
+
+def save_grid(path: Path, state: TrainState) -> Path:
+    """Write a PNG of `num_validation_images` samples per method, under the validation prompts in turn."""
+    config, base, count = state.config, state.base, state.config.num_validation_images
+    asked = base.asked(len(config.validation_prompt))
+    conditions = asked[torch.arange(count) % len(asked)]
+    scale = config.validation_guidance_scale or base.family.guidance_scale
+    noise = start_noise(base, count, config.seed)
+    with state.student.positive() as positive:
+        samples = [
+            ddim_sample(
+                base, noise, conditions, scale, negative, positive, config.num_inference_steps, config.train_batch_size
+            )
+            for negative in (positive, state.model)
+        ]
+    plain, guided = (decode_samples(base, each) for each in samples)
+    panels = [(f"plain guidance, w = {scale - 1:g}", plain), (f"negative of step {state.step}, w = {scale - 1:g}", guided)]
+    path.parent.mkdir(exist_ok=True)
+    caption = " | ".join(config.validation_prompt) or "equal positions start from equal noise"
+    save_comparison(path, panels, min(4, len(plain)), caption)
+    return path
