@@ -48,7 +48,7 @@ def test_every_setting_is_read_somewhere():
     config = (ROOT / "selfnpo" / "config.py").read_text()
     for field in dataclasses.fields(TrainConfig):
         inherited = "|self" if field.name in SampleOptions.__dataclass_fields__ else ""  # it has a method of its own
-        pattern = rf"(config|options|named|in_file{inherited})\.{field.name}\b"
+        pattern = rf"(config|options|given|named{inherited})\.{field.name}\b"
         assert re.search(pattern, readers) or (field.name in {"preset", "config"} and re.search(pattern, config)), field.name
 
 
