@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from selfnpo.config import TrainConfig, dtype_of
 from selfnpo.models import SampleOptions, Source
-from selfnpo.student import STUDENT, add_lora, checkpoint_gradients, lora_config
+from selfnpo.student import STUDENT, add_lora, checkpoint_gradients, lora_config, lora_layers, switch
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ def memory_plan(config: TrainConfig, source: Source, prompts: int, device: torch
     weights = sum(parameter.numel() for parameter in model.parameters())
     if config.rank:
         trained = sum(each.numel() for each in add_lora(model, lora_config(config, source.family), STUDENT).values())
+        switch(lora_layers(model).values(), STUDENT)
         rows = {"base, shared by student and reference": weights * dtype.itemsize, "adapters": 4 * trained}
         rows["average of the adapters"] = 4 * trained if config.reference_decay < 1 else 0
     else:

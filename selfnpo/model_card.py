@@ -1,11 +1,12 @@
 """The README.md of a trained negative: what it was made from, how, at what cost, and how it is used."""
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from selfnpo.config import TrainConfig, to_yaml
-from selfnpo.models import Family
+from selfnpo.models import DEMO, Family
 
 _USE = """\
 ## How to use it
@@ -15,7 +16,8 @@ It is no model to sample from: it is what classifier-free guidance steers away f
     eps = (w + 1) eps_base(x, t, prompt) - w eps_negative(x, t, "")
 
 ```
-python -m selfnpo.sample --pretrained_model_name_or_path {base} --negative {folder} {prompt}--overwrite
+python -m selfnpo.sample --pretrained_model_name_or_path {base} --negative {folder} \\
+    {prompt}--guidance_scale {scale:g} --num_images 4
 ```
 
 `--beta` weakens it (theta + beta delta), `--positive` and `--alpha` combine it with a fine-tuned positive model
@@ -31,8 +33,9 @@ def model_card(
         quality: metrics by method and guidance scale, where samples were judged.
     """
     base = config.pretrained_model_name_or_path
+    hub_id = None if Path(base).exists() or base == DEMO else base
     tags = ["self-npo", "negative-preference-optimization", "diffusers", family.name, *(["lora"] if config.rank else [])]
-    data = ModelCardData(base_model=base, library_name="diffusers", tags=tags)
+    data = ModelCardData(base_model=hub_id, library_name="diffusers", tags=tags)
     scale = config.validation_guidance_scale or family.guidance_scale
     return "\n\n".join(
         (
@@ -44,6 +47,7 @@ def model_card(
                 base=base,
                 folder=config.output_dir / "negative",
                 prompt='--prompt "a lighthouse in a storm" ' if family.takes_prompts else "",
+                scale=scale,
                 w=scale - 1,
             ),
             f"## Cost\n\nEnded: {status}.\n\n" + _table(cost),

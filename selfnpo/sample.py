@@ -77,10 +77,11 @@ def main(config: SampleConfig) -> None:
     condition = asked[torch.arange(config.num_images) % len(asked)]
     noise = start_noise(base, config.num_images, config.seed)
     steps, batch_size = config.num_inference_steps, config.batch_size
-    plain, guided = (
-        decode_samples(base, ddim_sample(base, noise, condition, config.guidance_scale, model, positive, steps, batch_size))
+    samples = [
+        ddim_sample(base, noise, condition, config.guidance_scale, model, positive, steps, batch_size)
         for model in (positive, negative)
-    )
+    ]
+    plain, guided = decode_samples(base, torch.cat(samples)).chunk(2)
     w = config.guidance_scale - 1
     panels = [
         (f"plain guidance (CFG), w = {w:g}", plain),

@@ -8,10 +8,11 @@ A bfloat16 average would never move: a step of 0.1 % is below its resolution. Av
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
-from typing import ContextManager, Protocol
+from typing import Protocol
 
 import torch
 from diffusers import ModelMixin
@@ -38,11 +39,11 @@ class Student(Protocol):
 
     def compile(self) -> None: ...
 
-    def positive(self) -> ContextManager[ModelMixin]:
+    def positive(self) -> AbstractContextManager[ModelMixin]:
         """The base, on the device for as long as the context lasts."""
         ...
 
-    def training(self) -> ContextManager:
+    def training(self) -> AbstractContextManager:
         """Holds from the student's forward pass to the end of its backward pass."""
         ...
 
@@ -132,7 +133,7 @@ class FullWeights:
         base = self.base.denoiser
         yield base if next(base.parameters()).device == self.base.device else copy.deepcopy(base).to(self.base.device)
 
-    def training(self) -> ContextManager:
+    def training(self) -> AbstractContextManager:
         return nullcontext()
 
     def relative_delta(self) -> float:
@@ -161,7 +162,9 @@ def add_lora(model: ModelMixin, lora: LoraConfig, name: str) -> dict[str, nn.Par
         UserError: no layer is targeted, or the rank is larger than a layer.
     """
     try:
-        inject_adapter_in_model(lora, model, name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the second set is meant
+            inject_adapter_in_model(lora, model, name)
     except ValueError as error:
         targets = sorted(lora.target_modules)
         raise UserError(f"lora_target_modules {targets} fit no layers: {str(error).splitlines()[0]}") from error
@@ -178,6 +181,14 @@ def add_lora(model: ModelMixin, lora: LoraConfig, name: str) -> dict[str, nn.Par
 
 def lora_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def switch(layers: Iterable[BaseTunerLayer], adapter: str | None) -> None:
+    """One set of adapters on, or none."""
+    for layer in layers:
+        if adapter is not None:
+            layer.set_adapter(adapter)
+        layer.enable_adapters(adapter is not None)
 
 
 class LowRank:
@@ -205,7 +216,7 @@ class LowRank:
     def compile(self) -> None:
         self.called = torch.compile(self.weights)
 
-    def positive(self) -> ContextManager[ModelMixin]:
+    def positive(self) -> AbstractContextManager[ModelMixin]:
         return nullcontext(self.weights)
 
     @contextmanager
@@ -219,13 +230,10 @@ class LowRank:
 
     def _switch(self, adapter: str | None) -> None:
         if adapter != self.active:
-            for layer in self.layers.values():
-                if adapter is not None:
-                    layer.set_adapter(adapter)
-                layer.enable_adapters(adapter is not None)
+            switch(self.layers.values(), adapter)
             self.active = adapter
 
-    def training(self) -> ContextManager:
+    def training(self) -> AbstractContextManager:
         return self.using(STUDENT)  # a checkpointed layer runs again in the backward pass
 
     def relative_delta(self) -> float:

@@ -24,9 +24,11 @@ def save_grid(path: Path, state: TrainState) -> Path:
             )
             for negative in (positive, state.model)
         ]
-    plain, guided = (decode_samples(base, each) for each in samples)
+    plain, guided = decode_samples(base, torch.cat(samples)).chunk(2)
     panels = [(f"plain guidance, w = {scale - 1:g}", plain), (f"negative of step {state.step}, w = {scale - 1:g}", guided)]
     path.parent.mkdir(exist_ok=True)
-    caption = " | ".join(config.validation_prompt) or "equal positions start from equal noise"
+    caption = " | ".join((*config.validation_prompt, "equal positions start from equal noise"))
+    if len(plain) > count:
+        caption += " | every row is one video"
     save_comparison(path, panels, min(4, len(plain)), caption)
     return path

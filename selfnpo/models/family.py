@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import diffusers
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from selfnpo.errors import UserError
 
@@ -88,7 +89,12 @@ class Family(ABC):
 
     @property
     def pipeline_class(self) -> type[DiffusionPipeline]:
-        return getattr(diffusers, self.pipeline_name)
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # transformers proposes torchvision, for image processors that are not used here
+        try:
+            return getattr(diffusers, self.pipeline_name)
+        finally:
+            logging.set_verbosity(verbosity)
 
     @property
     def takes_prompts(self) -> bool:

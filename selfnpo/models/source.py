@@ -15,6 +15,8 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from packaging.version import Version
+from torch import nn
 
 from selfnpo.errors import UserError
 from selfnpo.models.class_conditional import ClassConditional
@@ -27,6 +29,7 @@ from selfnpo.models.unconditional import Unconditional
 
 FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusionXL(), CogVideoX(), Unconditional(), ClassConditional())
 SINGLE_FILE = ".safetensors"
+DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 UNSAFE = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -190,7 +193,7 @@ class Source:
     def _load_denoiser(self, origin: str | Path, subfolder: str, dtype: torch.dtype) -> ModelMixin:
         kind, options = self.family.denoiser_class, self.options
         if isinstance(origin, str):
-            _refuse_unsafe_folder(origin, subfolder, kind.__name__)
+            _refuse_unsafe_folder(origin, subfolder, "diffusers", kind.__name__)
         try:
             if isinstance(origin, Path):
                 model, info = self._from_single_file(origin, dtype), {}
@@ -239,17 +242,14 @@ class Source:
         for name in wanted:
             if index.get(name, (None, None))[0] is None:
                 raise UserError(f"{self.layout} has no {name} in its model_index.json; expected a complete {kind.__name__}")
+            _refuse_unsafe_folder(self.layout, name, *index[name])
         try:
             if self.file is not None:
                 return kind.from_single_file(
-                    str(self.file),
-                    config=self.layout,
-                    torch_dtype=dtype,
-                    local_files_only=options.local_files_only,
-                    **left_out,
-                )
+                    str(self.file), config=self.layout, local_files_only=options.local_files_only, **{DTYPE: dtype}, **left_out
+                )  # fmt: skip
             return kind.from_pretrained(
-                self.layout, revision=options.revision, variant=options.variant, torch_dtype=dtype, use_safetensors=True,
+                self.layout, revision=options.revision, variant=options.variant, use_safetensors=True, **{DTYPE: dtype},
                 local_files_only=options.local_files_only, scheduler=self.scheduler, **left_out,
             )  # fmt: skip
         except Exception as error:  # as above
@@ -294,7 +294,7 @@ def merge_lora(model: ModelMixin, family: Family, options: ModelOptions, dtype: 
         model.unload_lora()
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{name} does not fit {options.pretrained_model_name_or_path}: {first_line(error)}") from error
-    model.to(dtype)
+    nn.Module.to(model, dtype)  # diffusers' own `to` would warn of modules to keep in float32, of which there are none
 
 
 def _check_lora(name: str, state_dict: dict[str, torch.Tensor], prefix: str, model: ModelMixin) -> None:
@@ -376,11 +376,11 @@ def _refuse_unsafe(name: str) -> None:
         )
 
 
-def _refuse_unsafe_folder(origin: str, subfolder: str, class_name: str) -> None:
+def _refuse_unsafe_folder(origin: str, subfolder: str, library: str, class_name: str) -> None:
     folder = Path(origin) / subfolder
     if folder.is_dir() and not any(folder.glob(f"*{SINGLE_FILE}")) and any(folder.glob("*.bin")):
         raise UserError(
-            f'{folder} holds weights in a format that can run code when it is opened; convert them once: python -c "from diffusers '
+            f'{folder} holds weights in a format that can run code when it is opened; convert them once: python -c "from {library} '
             f"import {class_name} as M; M.from_pretrained('{folder}', use_safetensors=False).save_pretrained('{folder}')\""
         )
 

@@ -20,7 +20,7 @@ from transformers import (
     CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer,
 )  # fmt: skip
 
-WIDTH = 32  # of every text encoder
+WIDTH, SECOND_WIDTH = 32, 24  # of text encoders; single files tell SDXL's two by it
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
@@ -39,9 +39,9 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=77)
 
 
-def clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+def clip_config(tokenizer: CLIPTokenizer, width: int = WIDTH) -> CLIPTextConfig:
     return CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=WIDTH, projection_dim=WIDTH, num_hidden_layers=2,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, projection_dim=width, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
@@ -74,13 +74,13 @@ def stable_diffusion(folder: Path) -> None:
 
 def stable_diffusion_xl(folder: Path) -> None:
     tokenizer = clip_tokenizer()
-    config = clip_config(tokenizer)
     StableDiffusionXLPipeline(
-        vae=autoencoder(0.13025), text_encoder=CLIPTextModel(config), text_encoder_2=CLIPTextModelWithProjection(config),
+        vae=autoencoder(0.13025), text_encoder=CLIPTextModel(clip_config(tokenizer)),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(tokenizer, SECOND_WIDTH)),
         tokenizer=tokenizer, tokenizer_2=clip_tokenizer(),
         unet=unet(
-            cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + WIDTH, use_linear_projection=True,
+            cross_attention_dim=WIDTH + SECOND_WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + SECOND_WIDTH, use_linear_projection=True,
         ),
         scheduler=EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
     ).save_pretrained(folder)  # fmt: skip
