@@ -62,7 +62,7 @@ def test_the_loss_falls_on_a_fixed_batch(models, family, rank):
     rate = 5e-2 if rank else 2e-3
     config = settings(models(family), rank=rank, learning_rate=rate, rollout_guidance_scale=3.0, rollout="fresh", seed=1)
     losses = losses_on_a_fixed_batch(start(config), 25)
-    assert losses[-1] < 0.8 * losses[0], losses
+    assert losses[-1] < 0.85 * losses[0], losses
 
 
 @pytest.mark.parametrize("rank", RANKS)
