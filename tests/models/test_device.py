@@ -1,0 +1,82 @@
+"""A training step on a pretended GPU: nothing mixes devices, nothing waits for the device, and the numbers are the CPU's."""
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from pretended_device import OnDevice, pretended_device
+from selfnpo.config import TrainConfig
+from selfnpo.models import load_pretrained, loading
+from selfnpo.sampling import ddim_sample, start_noise
+from selfnpo.trainer import Trainer
+
+PROMPTS = ("a cat", "a dog")
+
+
+def load(config, device, prompts, rows=None, stream=False):
+    """With the prompts encoded as `rows`, for transformers' encoders do not run on what is only pretended."""
+    home = device if config.rank else torch.device("cpu")
+    encode = loading._encode if rows is None else lambda *args: rows
+    with patch.object(loading, "_encode", encode):
+        return load_pretrained(config, config, prompts, device=device, weights_device=home, stream_conditions=stream)
+
+
+def test_the_pretended_device_finds_what_a_real_one_would():
+    with pretended_device() as cuda:
+        here, there = torch.ones(2), torch.ones(2, device=cuda)
+        assert there.device == cuda
+        assert (there + there).to("cpu").tolist() == [2, 2]
+        with pytest.raises(RuntimeError, match="mixes the device with the CPU"):
+            here + there
+        with pytest.raises(RuntimeError, match="mixes the device with the CPU"):
+            there[torch.tensor([0])]
+        with pytest.raises(RuntimeError, match="reads the device from the host"):
+            there.sum().item()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(
+    ("family", "rollout"),
+    [
+        ("stable_diffusion", "pool"),
+        ("stable_diffusion_xl", "pool"),
+        ("cogvideox_rotary", "pool"),
+        ("class_conditional", "fresh"),
+        ("class_conditional", "full"),
+    ],
+)
+def test_steps_on_a_device(models, family, rollout, rank):
+    config = TrainConfig(
+        pretrained_model_name_or_path=str(models(family)), train_batch_size=1, pool_size=1, num_inference_steps=4,
+        mixed_precision="no", rank=rank, rollout=rollout, rollout_guidance_scale=2.0, gradient_accumulation_steps=2, lr_warmup_steps=0,
+    )  # fmt: skip
+    prompts = ("",) if family == "class_conditional" else PROMPTS
+    expected = Trainer(config, load(config, torch.device("cpu"), prompts))
+    losses = [expected.train_step()[0].item() for _ in range(2)]
+    for stream in (False, True) if family == "stable_diffusion" else (False,):
+        with pretended_device() as cuda:
+            trainer = Trainer(config, load(config, cuda, prompts, expected.base.conditions.rows, stream))
+            got = [trainer.train_step()[0] for _ in range(2)]
+            assert all(isinstance(parameter, OnDevice) for parameter in trainer.parameters)
+            assert all(isinstance(rows, OnDevice) != stream for rows in trainer.base.conditions.rows.values())
+            got = [loss.to("cpu").item() for loss in got]
+        assert got == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_pictures_on_a_device(models, rank):
+    config = TrainConfig(pretrained_model_name_or_path=str(models("stable_diffusion")), rank=rank, mixed_precision="no")
+    asked, rows = torch.arange(2), load(config, torch.device("cpu"), PROMPTS).conditions.rows
+
+    def samples(device):
+        trainer = Trainer(replace(config, train_batch_size=2, pool_size=1), load(config, device, PROMPTS, rows))
+        noise = start_noise(trainer.base, 2, seed=0)
+        with trainer.state.student.positive() as positive:
+            return ddim_sample(trainer.base, noise, asked, 3.0, trainer.state.model, positive, num_inference_steps=5).to("cpu")
+
+    expected = samples(torch.device("cpu"))
+    with pretended_device() as cuda:
+        got = samples(cuda)
+    torch.testing.assert_close(got, expected)
