@@ -242,7 +242,7 @@ def check(config: TrainConfig) -> TrainConfig:
         ("seed", 0, 2**63 - 1),
         ("pool_size", 1, 10**4),
         ("num_inference_steps", 2, 1000),
-        ("num_rollout_steps", 1, config.num_inference_steps - 1),
+        ("num_rollout_steps", 1, config.num_inference_steps - 1 if config.rollout == "data" else 1000),
         ("rollout_guidance_scale", -100, 100),
         ("rank", 0, 10**5),
         ("gradient_accumulation_steps", 1, 10**5),

@@ -11,28 +11,13 @@ import yaml
 from diffusers import DiTTransformer2DModel
 from matplotlib.image import imread
 
-from selfnpo import evaluate, sample, train
-from selfnpo.cli import parse, run
+from commands import call
+from selfnpo import evaluate, train
 from selfnpo.config import TrainConfig, parse_config
 from selfnpo.models import DEMO_FOLDER
 from selfnpo.results import RESULTS
-from selfnpo.world import base
 
 QUICK = ["--max_train_steps", "4", "--train_batch_size", "8", "--pretrained_model_name_or_path", str(DEMO_FOLDER)]
-MAINS = {
-    "train": lambda args: train.main(parse_config(args)),
-    "sample": lambda args: sample.main(parse(sample.SampleConfig, args)),
-    "evaluate": lambda args: evaluate.main(parse(evaluate.EvaluateConfig, args)),
-    "base": lambda args: base.main(parse(base.BaseConfig, args)),
-}
-
-
-def call(command: str, *args: object) -> int:
-    """Exit code of `python -m selfnpo.<command> <args>`."""
-    with pytest.raises(SystemExit) as ended:
-        run(lambda: MAINS[command]([str(arg) for arg in args]))
-    return ended.value.code
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:

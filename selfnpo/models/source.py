@@ -209,6 +209,7 @@ class Source:
             raise UserError(
                 f"{origin} could not be loaded as a {kind.__name__} in safetensors: {first_line(error)}"
             ) from error
+        _check_complete(model, str(origin))
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info.get(problem):
                 raise UserError(
@@ -225,7 +226,7 @@ class Source:
                 f"{file} is a single file, which diffusers does not read for {kind.__name__}; use a diffusers folder"
             )
         return kind.from_single_file(
-            str(file), config=self.layout, subfolder=self.subfolder, torch_dtype=dtype, low_cpu_mem_usage=False,
+            str(file), config=self.layout, subfolder=self.subfolder, torch_dtype=dtype,
             local_files_only=self.options.local_files_only,
         )  # fmt: skip
 
@@ -245,16 +246,28 @@ class Source:
             _refuse_unsafe_folder(self.layout, name, *index[name])
         try:
             if self.file is not None:
-                return kind.from_single_file(
+                pipeline = kind.from_single_file(
                     str(self.file), config=self.layout, local_files_only=options.local_files_only, **{DTYPE: dtype}, **left_out
                 )  # fmt: skip
-            return kind.from_pretrained(
-                self.layout, revision=options.revision, variant=options.variant, use_safetensors=True, **{DTYPE: dtype},
-                local_files_only=options.local_files_only, scheduler=self.scheduler, **left_out,
-            )  # fmt: skip
+            else:
+                pipeline = kind.from_pretrained(
+                    self.layout, revision=options.revision, variant=options.variant, use_safetensors=True, **{DTYPE: dtype},
+                    local_files_only=options.local_files_only, scheduler=self.scheduler, **left_out,
+                )  # fmt: skip
         except Exception as error:  # as above
             names = ", ".join(wanted)
             raise UserError(f"{names} of {self.layout} could not be loaded in safetensors: {first_line(error)}") from error
+        for name in wanted:
+            if isinstance(part := getattr(pipeline, name), nn.Module):
+                _check_complete(part, str(self.file or self.layout))
+        return pipeline
+
+
+def _check_complete(model: nn.Module, origin: str) -> None:
+    """Single files may lack weights, which diffusers then leaves without values."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UserError(f"{origin} could not be loaded: it holds no {name}; expected a complete checkpoint")
 
 
 def merge_lora(model: ModelMixin, family: Family, options: ModelOptions, dtype: torch.dtype) -> None:
