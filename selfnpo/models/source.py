@@ -207,7 +207,7 @@ class Source:
             raise
         except Exception as error:  # diffusers raises many kinds, also from the parsers beneath it
             raise UserError(
-                f"{origin} could not be loaded as a {kind.__name__} in safetensors: {first_line(error)}"
+                f"{origin} could not be loaded as a {kind.__name__} in safetensors: {_reason(error)}"
             ) from error
         _check_complete(model, str(origin))
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -256,11 +256,16 @@ class Source:
                 )  # fmt: skip
         except Exception as error:  # as above
             names = ", ".join(wanted)
-            raise UserError(f"{names} of {self.layout} could not be loaded in safetensors: {first_line(error)}") from error
+            raise UserError(f"{names} of {self.layout} could not be loaded in safetensors: {_reason(error)}") from error
         for name in wanted:
             if isinstance(part := getattr(pipeline, name), nn.Module):
                 _check_complete(part, str(self.file or self.layout))
         return pipeline
+
+
+def _reason(error: Exception) -> str:
+    """What diffusers meant; it fails to move weights of a single file that it did not find."""
+    return "it lacks weights; expected a complete checkpoint" if "meta tensor" in str(error) else first_line(error)
 
 
 def _check_complete(model: nn.Module, origin: str) -> None:
@@ -289,7 +294,7 @@ def merge_lora(model: ModelMixin, family: Family, options: ModelOptions, dtype: 
         state_dict, metadata = found[0], found[-1]
         alphas = found[1] if len(found) == 3 else None
     except Exception as error:  # as above
-        raise UserError(f"{name} could not be read as a LoRA in safetensors: {first_line(error)}") from error
+        raise UserError(f"{name} could not be read as a LoRA in safetensors: {_reason(error)}") from error
     prefix = f"{family.component}."
     ours = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
     _check_lora(name, ours, prefix, model)
