@@ -42,7 +42,8 @@ def read_data(config: TrainConfig, source: Source) -> TrainData:
 def encode_data(data: TrainData, base: PretrainedModel) -> tuple[Tensor, Tensor]:
     """The images as samples `[n, ...]`, and their conditions `[n]`, both on the CPU."""
     height, width = base.family.pixels(base.sample_shape, base.source.scale)
-    images = encode_images(base.source.vae(), data.files, height, width, base.device)
+    vae = base.source.vae()
+    images = encode_images(vae, data.files, height, width, base.device, channels=3 if vae else base.sample_shape[0])
     if images.shape[1:] != base.sample_shape:
         raise UserError(f"an image gives samples of {tuple(images.shape[1:])}, the model takes {base.sample_shape}; for a video "
                         "model pass --num_frames 1, or --rollout pool")  # fmt: skip

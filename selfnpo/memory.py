@@ -36,6 +36,17 @@ class MemoryPlan:
         return "\n".join((title, *(f"  {what:<44} {size / unit:8.2f} {name}" for what, size in rows.items())))
 
 
+def shortage(plan: MemoryPlan, device: torch.device) -> str:
+    """What to do where `device` has less memory free than `plan` counts; empty where it has enough."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else plan.total
+    if plan.total <= free:
+        return ""
+    return (
+        f"warning: the plan is larger than the {free / (1 << 30):.1f} GiB that are free on {device}; try --gradient_checkpointing, a "
+        "smaller --train_batch_size with --gradient_accumulation_steps, --rank 16 for a LoRA, or --low_vram\n"
+    )
+
+
 def memory_plan(config: TrainConfig, source: Source, prompts: int, device: torch.device) -> MemoryPlan:
     """What `config` needs on `device` to train with that many prompts.
 

@@ -8,7 +8,7 @@ from selfnpo.checkpoint import write_text
 from selfnpo.cli import run
 from selfnpo.config import TrainConfig, dtype_of, parse_config, to_yaml
 from selfnpo.data import TrainData, read_data
-from selfnpo.memory import memory_plan
+from selfnpo.memory import memory_plan, shortage
 from selfnpo.models import PretrainedModel, Source, default_device, load_pretrained
 from selfnpo.output import check_output, prepare_output
 from selfnpo.results import RESULTS, demo_report, save_metrics, save_negative
@@ -35,7 +35,8 @@ def main(config: TrainConfig) -> int | None:
     check_output(config.output_dir, config.overwrite, resume=config.resume_from_checkpoint is not None)
     source = Source(config)
     data = read_data(config, source)
-    print(memory_plan(config, source, len(data.prompts), default_device()))
+    plan = memory_plan(config, source, len(data.prompts), default_device())
+    print(plan, shortage(plan, default_device()), sep="\n", end="")
     base = load_base(config, data)
     trainer = Trainer(config, base, config.output_dir, data=data)
     prepare_output(config.output_dir, RESULTS, config.overwrite, resume=config.resume_from_checkpoint is not None)

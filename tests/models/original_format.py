@@ -14,8 +14,8 @@ RESNET = {
 UNET = {
     "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2", "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
+    "add_embedding.linear_2": "label_emb.0.2", "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
     # Two levels of one layer each, as tests/models/tiny.py has them.
     "down_blocks.0.resnets.0": "input_blocks.1.0", "down_blocks.0.attentions.0": "input_blocks.1.1",
     "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op", "down_blocks.1.resnets.0": "input_blocks.3.0",
@@ -63,7 +63,8 @@ def _vae(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     layer = {
-        "self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"
+        "self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
+        "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
     }  # fmt: skip
     found, parts = {}, {}
     for name, tensor in weights.items():

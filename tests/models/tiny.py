@@ -4,20 +4,40 @@ python tests/models/tiny.py stable_diffusion /tmp/tiny-sd
 """
 
 import argparse
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import (
-    AutoencoderKL, AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel, DDIMScheduler,
-    DDPMPipeline, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, EulerDiscreteScheduler, PNDMScheduler,
-    StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel, UNet2DModel,
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
 )  # fmt: skip
 from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import (
-    CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )  # fmt: skip
 
 WIDTH, SECOND_WIDTH = 32, 24  # of text encoders; single files tell SDXL's two by it
@@ -96,8 +116,8 @@ def cogvideox(folder: Path, rotary: bool = False) -> None:
         tokenizer=tokenizer, text_encoder=T5EncoderModel(text),
         vae=AutoencoderKLCogVideoX(
             down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
-            block_out_channels=(8,) * 4, latent_channels=4, layers_per_block=1, norm_num_groups=2, temporal_compression_ratio=4,
-            sample_height=64, sample_width=64,
+            block_out_channels=(8,) * 4, latent_channels=4, layers_per_block=1, norm_num_groups=2,
+            temporal_compression_ratio=4, sample_height=64, sample_width=64,
         ),
         transformer=without_zeros(CogVideoXTransformer3DModel(
             num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
@@ -140,15 +160,18 @@ def class_conditional(folder: Path) -> None:
             num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
             patch_size=2, num_embeds_ada_norm=10, norm_num_groups=1,
         )),
-        vae=autoencoder(), scheduler=DDIMScheduler(beta_schedule="linear"),
-        id2label={number: str(number) for number in range(10)},
+        vae=autoencoder(), scheduler=DDIMScheduler(beta_schedule="linear", clip_sample=False),
     ).save_pretrained(folder)  # fmt: skip
+    index = folder / "model_index.json"  # diffusers reads the labels from here, but does not write them
+    labels = {str(number): str(number) for number in range(10)}
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": labels}, indent=2))
 
 
 FAMILIES: dict[str, Callable[[Path], None]] = {
     build.__name__: build
     for build in (
-        stable_diffusion, stable_diffusion_xl, cogvideox, cogvideox_rotary, unconditional, unconditional_flat, class_conditional
+        stable_diffusion, stable_diffusion_xl, cogvideox, cogvideox_rotary, unconditional, unconditional_flat,
+        class_conditional,
     )
 }  # fmt: skip
 
