@@ -9,6 +9,7 @@ from selfnpo.errors import UserError
 
 NONE = "none"
 KEYS = ("prompt", "text", "caption")
+READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}  # of `datasets`
 
 
 def read_prompts(prompts: str, prompt_dataset: str | None = None, local_files_only: bool = False) -> list[str]:
@@ -16,7 +17,9 @@ def read_prompts(prompts: str, prompt_dataset: str | None = None, local_files_on
 
     Args:
         prompts: a file with one prompt a line, a .jsonl file, or "none" for the empty prompt alone.
-        prompt_dataset: NAME:COLUMN, where NAME is a dataset's id or a local folder or file that `datasets` reads.
+        prompt_dataset: NAME:COLUMN, where NAME is a dataset's id or a local folder or file that `datasets` reads; of its
+            splits "train", or the only one. Rows without a value are skipped, as blank lines are.
+        local_files_only: take the dataset from the cache of `datasets`, and never ask the hub.
 
     Raises:
         UserError: there is no prompt, or the source cannot be read.
@@ -31,12 +34,15 @@ def read_prompts(prompts: str, prompt_dataset: str | None = None, local_files_on
         found = _lines(Path(prompts))
     found = [text for text in (text.strip() for text in found) if text]
     if not found:
-        raise UserError(f"{prompt_dataset or prompts} holds no prompt; expected one a line, or --prompts none for the empty prompt")
+        name = prompt_dataset or prompts
+        raise UserError(f"{name} holds no prompt; expected one a line, or --prompts none for the empty prompt")
     return [*dict.fromkeys(found)]
 
 
 def too_long(prompts: Sequence[str], tokenizer: Any, max_length: int) -> int:
     """How many prompts have more than `max_length` tokens, special ones included."""
+    if not prompts:
+        return 0  # tokenizers take no empty list
     return sum(len(ids) > max_length for ids in tokenizer(list(prompts), truncation=False, verbose=False).input_ids)
 
 
@@ -44,7 +50,8 @@ def _lines(path: Path) -> list[str]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"prompts {path} could not be read: {error.strerror}; expected a text or .jsonl file, or none") from error
+        reason = f"prompts {path} could not be read: {error.strerror}"
+        raise UserError(f"{reason}; expected a text or .jsonl file, or none") from error
     found = []
     for number, line in enumerate(content.splitlines(), start=1):
         try:
@@ -61,18 +68,32 @@ def _prompt_of(line: str, where: str) -> str:
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where} is no JSON: {error}") from error
+        raise UserError(f"{where} is no JSON: {error}; expected one object a line") from error
     if isinstance(value, dict):
         value = next((value[key] for key in KEYS if key in value), None)
     if not isinstance(value, str):
-        raise UserError(f"{where} holds no text under {', '.join(KEYS)}")
+        raise UserError(f"{where} holds no text under {', '.join(KEYS)}; expected one of them, or a plain string")
     return value
 
 
 def _column(prompt_dataset: str, local_files_only: bool) -> list[str]:
     name, _, column = prompt_dataset.rpartition(":")
     if not name or not column:
-        raise UserError(f"prompt_dataset is {prompt_dataset}; expected NAME:COLUMN, such as Gustavosta/Stable-Diffusion-Prompts:Prompt")
+        example = "Gustavosta/Stable-Diffusion-Prompts:Prompt"
+        raise UserError(f"prompt_dataset is {prompt_dataset}; expected NAME:COLUMN, such as {example}")
+    splits = _splits(name, local_files_only)
+    if "train" not in splits and len(splits) > 1:
+        raise UserError(f"dataset {name} has the splits {', '.join(splits)}; expected train, or one split alone")
+    rows = splits["train"] if "train" in splits else next(iter(splits.values()))
+    if column not in rows.column_names:
+        raise UserError(f"dataset {name} has no column {column}; expected one of {', '.join(rows.column_names)}")
+    found = [value for value in rows[column][:] if value is not None]
+    if not all(isinstance(value, str) for value in found):
+        raise UserError(f"column {column} of dataset {name} holds other things than text; choose another column")
+    return found
+
+
+def _splits(name: str, local_files_only: bool) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -80,18 +101,17 @@ def _column(prompt_dataset: str, local_files_only: bool) -> list[str]:
     path = Path(name)
     source: dict[str, Any] = {"path": name}
     if path.is_file():
-        source = {"path": {".jsonl": "json", ".txt": "text"}.get(path.suffix, path.suffix[1:]), "data_files": name}
+        if path.suffix.lower() not in READERS:
+            raise UserError(f"dataset {name} is of an unknown kind; expected a file that ends in {', '.join(READERS)}")
+        source = {"path": READERS[path.suffix.lower()], "data_files": name}
+    was_offline = datasets.config.HF_HUB_OFFLINE
+    # The only switch there is: `datasets` looks at no DownloadConfig.local_files_only.
+    datasets.config.HF_HUB_OFFLINE = was_offline or local_files_only
     try:
-        loaded = datasets.load_dataset(
-            **source, download_config=datasets.DownloadConfig(local_files_only=local_files_only)
-        )
+        return datasets.load_dataset(**source)
     except Exception as error:  # datasets raises many kinds, also from the parsers beneath it
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        reason = (str(cause or error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"dataset {name} could not be loaded: {reason}") from error
-    rows = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    if column not in rows.column_names:
-        raise UserError(f"dataset {name} has no column {column}; expected one of {', '.join(rows.column_names)}")
-    found = rows[column][:]
-    if not all(isinstance(text, str) for text in found):
-        raise UserError(f"column {column} of dataset {name} holds other things than text; choose another column")
-    return found
+    finally:
+        datasets.config.HF_HUB_OFFLINE = was_offline

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 from huggingface_hub import hf_hub_download
@@ -148,8 +149,9 @@ class Source:
 
     def empty_denoiser(self) -> ModelMixin:
         """The denoiser without weights, on the meta device."""
-        with torch.device("meta"):
-            return self.family.denoiser_class.from_config(self.config)
+        with init_empty_weights():  # torch.device("meta") loses its effect after some uses of torch.compile
+            model = self.family.denoiser_class.from_config(self.config)
+        return nn.Module.to(model, "meta")
 
     def denoiser(self, dtype: torch.dtype) -> ModelMixin:
         """The base's denoiser on the CPU, with its replacement and LoRA applied, in evaluation mode.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from cases import OPS, channels_last, inputs
 
 import selfnpo_kernels
