@@ -1,0 +1,67 @@
+"""The README's commands for real models, run on tiny models of the same families."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from commands import call
+
+ROOT = Path(__file__).parents[2]
+SECTION = (ROOT / "README.md").read_text().split("## Your own checkpoint")[1].split("\n## ")[0]
+BLOCK = re.search(r"```bash\n(.*?)```", SECTION, re.DOTALL)[1].replace("\\\n", " ")
+COMMANDS = [shlex.split(line)[3:] for line in BLOCK.splitlines() if line.startswith("python -m selfnpo.train")]
+SAMPLE = next(shlex.split(line)[3:] for line in BLOCK.splitlines() if line.startswith("python -m selfnpo.sample"))
+MODELS = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "stable_diffusion",
+    "mhdang/dpo-sd1.5-text2image-v1": "stable_diffusion",
+    "stabilityai/stable-diffusion-xl-base-1.0": "stable_diffusion_xl",
+    "THUDM/CogVideoX-2b": "cogvideox",
+}
+# Small enough for tiny models; everything else is as in the README.
+SMALLER = {"--rank": "4", "--num_frames": "5", "--validation_steps": "1"}
+SHORT = ["--max_train_steps", "2", "--pool_size", "1", "--num_inference_steps", "10", "--train_batch_size", "2"]
+
+
+def on_tiny_models(models, arguments):
+    return [str(models(MODELS[each])) if each in MODELS else each for each in arguments]
+
+
+def train(models, arguments):
+    smaller = [SMALLER.get(before, each) for before, each in zip(["", *arguments], arguments, strict=False)]
+    assert call("train", *on_tiny_models(models, smaller), *SHORT) == 0
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    (tmp_path / "images").mkdir()
+    Image.effect_noise((80, 80), 90).convert("RGB").save(tmp_path / "images" / "one.png")
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=lambda arguments: arguments[-1].replace("runs/", ""))
+def test_training(models, arguments, capsys):
+    train(models, arguments)
+    output = Path(arguments[arguments.index("--output_dir") + 1])
+    names = {path.name for path in (output / "negative").iterdir()}
+    if "--rank" not in arguments:
+        assert names == {"README.md", "config.json", "diffusion_pytorch_model.safetensors"}
+    else:
+        kohya = set() if "CogVideoX" in " ".join(arguments) else {"negative_kohya.safetensors"}
+        assert names == {"README.md", "pytorch_lora_weights.safetensors"} | kohya
+    assert list((output / "samples").glob("step-*.png"))
+    assert capsys.readouterr().out.startswith("memory plan: ")
+
+
+def test_sampling(models):
+    train(models, next(each for each in COMMANDS if "runs/sdxl" in each))
+    assert call("sample", *on_tiny_models(models, SAMPLE), "--num_inference_steps", 10) == 0
+    assert Path("samples.png").is_file()
+
+
+def test_every_model_is_shown():
+    assert len(COMMANDS) == 5
+    assert {name for arguments in COMMANDS for name in arguments} >= MODELS.keys()
