@@ -29,8 +29,8 @@ def read_data(config: TrainConfig, source: Source) -> TrainData:
     if config.train_data_dir is None:
         if config.rollout == "data" and not source.is_demo:
             raise UserError(
-                "rollouts start from data (--rollout data, or --preset released), but no images are given; pass --train_data_dir "
-                "FOLDER, or --rollout pool, which needs none"
+                "rollouts start from data (--rollout data, or --preset released), but no images are given; pass "
+                "--train_data_dir FOLDER, or --rollout pool, which needs none"
             )
         return TrainData(read_prompts(config.prompts, config.prompt_dataset, config.local_files_only), [], [])
     if config.prompts != "none" or config.prompt_dataset is not None:
@@ -45,8 +45,10 @@ def encode_data(data: TrainData, base: PretrainedModel) -> tuple[Tensor, Tensor]
     vae = base.source.vae()
     images = encode_images(vae, data.files, height, width, base.device, channels=3 if vae else base.sample_shape[0])
     if images.shape[1:] != base.sample_shape:
-        raise UserError(f"an image gives samples of {tuple(images.shape[1:])}, the model takes {base.sample_shape}; for a video "
-                        "model pass --num_frames 1, or --rollout pool")  # fmt: skip
+        raise UserError(
+            f"an image gives samples of {tuple(images.shape[1:])}, the model takes {base.sample_shape}; for a video model "
+            "pass --num_frames 1, or --rollout pool"
+        )
     if not base.family.takes_prompts:
         return images, torch.full((len(images),), base.null_condition)
     number = {prompt: index for index, prompt in enumerate(data.prompts)}

@@ -1,4 +1,4 @@
-"""A LoRA on disk, in both formats that are in use: diffusers', and kohya's, the only one whose attention layers ComfyUI finds."""
+"""A LoRA on disk in both formats that are in use: diffusers', and kohya's, the one that ComfyUI reads completely."""
 
 import json
 from datetime import datetime, timezone

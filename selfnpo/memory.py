@@ -1,7 +1,7 @@
 """What a training run will take in memory, counted on the meta device before anything is loaded.
 
-Weights, gradients, moments and samples are exact. Activations are what the student's forward pass keeps for its backward pass,
-with attention as flash kernels do it; what a library allocates beside them is not counted.
+Weights, gradients, moments and samples are exact. Activations are estimated: what the student's forward pass keeps for its
+backward pass, with attention as flash kernels do it. What libraries allocate beside them is not counted.
 """
 
 from dataclasses import dataclass
@@ -42,8 +42,9 @@ def shortage(plan: MemoryPlan, device: torch.device) -> str:
     if plan.total <= free:
         return ""
     return (
-        f"warning: the plan is larger than the {free / (1 << 30):.1f} GiB that are free on {device}; try --gradient_checkpointing, a "
-        "smaller --train_batch_size with --gradient_accumulation_steps, --rank 16 for a LoRA, or --low_vram\n"
+        f"warning: the plan is larger than the {free / (1 << 30):.1f} GiB that are free on {device}; try "
+        "--gradient_checkpointing, a smaller --train_batch_size with --gradient_accumulation_steps, "
+        "--rank 16 for a LoRA, or --low_vram\n"
     )
 
 

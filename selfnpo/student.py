@@ -73,23 +73,24 @@ def make_student(config: TrainConfig, base: PretrainedModel) -> Student:
     Raises:
         UserError: the family's models cannot do what the settings ask for.
     """
-    set_attention(base.denoiser, config.attention)
+    if config.attention == "xformers":
+        use_xformers(base)
     return LowRank(config, base) if config.rank else FullWeights(config, base)
 
 
-def set_attention(model: ModelMixin, attention: str) -> None:
-    """xformers' attention in place of PyTorch's, which `auto` chooses: with flash kernels built in it is as fast."""
-    if attention != "xformers" or not isinstance(model, ModelMixin):
-        return
+def use_xformers(base: PretrainedModel) -> None:
+    """xformers' attention in place of PyTorch's own."""
     try:
+        if not base.family.has_xformers:
+            raise NotImplementedError(f"diffusers has none for the attention of {base.family.name} models")
         import xformers.ops  # noqa: F401
 
-        model.enable_xformers_memory_efficient_attention()
-    except (ImportError, ModuleNotFoundError, ValueError, RuntimeError, OSError, NotImplementedError) as error:
+        base.denoiser.enable_xformers_memory_efficient_attention()
+    except (ImportError, ValueError, RuntimeError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"attention is xformers, which cannot run here: {reason}; its wheel must be built for torch {torch.__version__} and "
-            "needs a GPU; use --attention sdpa"
+            f"attention is xformers, which cannot run here: {reason}; its wheel must be built for torch {torch.__version__} "
+            "and needs a GPU; use --attention sdpa"
         ) from error
 
 
@@ -192,7 +193,7 @@ def switch(layers: Iterable[BaseTunerLayer], adapter: str | None) -> None:
 
 
 class LowRank:
-    """LoRA adapters are trained. They live in the base itself, which is held once, and are off unless someone asks for them."""
+    """LoRA adapters are trained. They live in the base itself, which is held once, and are off unless asked for."""
 
     def __init__(self, config: TrainConfig, base: PretrainedModel):
         self.weights, self.lora = base.denoiser, lora_config(config, base.family)

@@ -1,7 +1,7 @@
 """A GPU that is not there: tensors that compute on the CPU and say that they lie on "cuda".
 
-An operation that mixes them with CPU tensors fails, as it would on a GPU, and so does reading their values on the host, which on
-a GPU would wait for it.
+An operation that mixes them with CPU tensors fails, as it would on a GPU, and so does reading their values on the host, for
+which a GPU must be waited for.
 """
 
 from contextlib import contextmanager
@@ -18,7 +18,13 @@ class OnDevice(torch.Tensor):
     @staticmethod
     def __new__(cls, held):
         return torch.Tensor._make_wrapper_subclass(
-            cls, held.shape, held.stride(), held.storage_offset(), dtype=held.dtype, device="meta", requires_grad=held.requires_grad
+            cls,
+            held.shape,
+            held.stride(),
+            held.storage_offset(),
+            dtype=held.dtype,
+            device="meta",
+            requires_grad=held.requires_grad,
         )
 
     def __init__(self, held):
@@ -69,7 +75,7 @@ class Pretend(TorchDispatchMode):
 
 @contextmanager
 def pretended_device():
-    """"cuda" can be asked for within; pinned memory is ordinary memory."""
+    """ "cuda" can be asked for within; pinned memory is ordinary memory."""
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:

@@ -19,6 +19,7 @@ from selfnpo.results import RESULTS
 
 QUICK = ["--max_train_steps", "4", "--train_batch_size", "8", "--pretrained_model_name_or_path", str(DEMO_FOLDER)]
 
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("run") / "out"

@@ -1,4 +1,4 @@
-"""Families of diffusion models behind one interface (family.py), and how their checkpoints are loaded (source.py, loading.py)."""
+"""Families of diffusion models behind one interface (family.py), and how they are loaded (source.py, loading.py)."""
 
 from selfnpo.models.demo import DEMO, DEMO_FOLDER
 from selfnpo.models.family import Family, SampleOptions

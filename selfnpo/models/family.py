@@ -52,6 +52,7 @@ class Family(ABC):
     component: ClassVar[str]  # the denoiser's name in the pipeline
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     text_components: ClassVar[tuple[str, ...]] = ()  # of the pipeline, to encode prompts with; empty where none are taken
+    has_xformers: ClassVar[bool] = True  # whether its attention has an xformers form in diffusers
     guidance_scale: ClassVar[float] = 7.5  # w + 1 of pictures
     base_model_version: ClassVar[str] = (
         ""  # `ss_base_model_version` of kohya's LoRA files; empty: ComfyUI knows no such LoRA
@@ -67,8 +68,8 @@ class Family(ABC):
         """Raise a UserError for a variant of the architecture that takes more inputs than this family gives."""
         if config["in_channels"] != config["out_channels"]:
             raise UserError(
-                f"the denoiser takes {config['in_channels']} channels and returns {config['out_channels']}: it is a variant for "
-                "inpainting, editing or image-to-video; train on the text-to-image or text-to-video model that it came from"
+                f"the denoiser takes {config['in_channels']} channels and returns {config['out_channels']}: it is a variant "
+                "for inpainting, editing or image-to-video; train on the text-to-image or text-to-video model it came from"
             )
 
     @abstractmethod
@@ -113,7 +114,7 @@ class Family(ABC):
         return self.encode(pipeline, config, [""])
 
     def classes(self, config: Config) -> dict[str, Tensor]:
-        """Arguments of the denoiser, one row per class and a last one for the null condition; where prompts are not taken."""
+        """Arguments of the denoiser, one row per class the last for the null condition; where prompts are not taken."""
         return {}
 
     def constants(

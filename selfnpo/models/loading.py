@@ -125,9 +125,8 @@ def _encode(
             tokenizer = getattr(pipeline, name)
             limit = family.max_tokens(tokenizer, source.config)
             if cut := too_long([*prompts, *further], tokenizer, limit):
-                print(
-                    f"warning: {cut} of {len(prompts) + len(further)} prompts are longer than the {limit} tokens of {name}; cut"
-                )
+                total = len(prompts) + len(further)
+                print(f"warning: {cut} of {total} prompts are longer than the {limit} tokens of {name}; cut")
     pipeline.to(device)
     found: list[dict[str, Tensor]] = []
     with tqdm(total=len(prompts) + 1 + len(further), desc="encode prompts", unit="prompt", disable=None) as progress:

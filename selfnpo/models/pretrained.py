@@ -24,6 +24,9 @@ def move(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
+CPU = torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class Conditions:
     """Arguments of a denoiser: `rows` `[n, ...]` per sample, `constants` (see `Family.constants`) for all.
@@ -55,7 +58,7 @@ class PretrainedModel:
     scheduler: SchedulerMixin
     conditions: Conditions
     sample_shape: tuple[int, ...]  # of one sample: (channels, height, width), with frames in front for videos
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     dtype: torch.dtype = torch.float32  # of the network's arithmetic
     source: Source | None = None  # what else belongs to the model; None for models that no file holds
 
@@ -68,7 +71,7 @@ class PretrainedModel:
         return self.conditions.count
 
     def asked(self, further: int) -> Tensor:
-        """The conditions to show in pictures: `further` many behind the null condition, or without those all of the training."""
+        """What pictures show: the `further` many conditions behind the null condition, or without those the training's."""
         count = self.conditions.count
         return torch.arange(count + 1, count + 1 + further) if further else torch.arange(count)
 

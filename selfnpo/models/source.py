@@ -1,4 +1,4 @@
-"""Where the parts of a model come from: a diffusers folder, a hub id, or a single file beside a folder for its configuration.
+"""Where the parts of a model come from: a diffusers folder, a hub id, or a single file beside a configuration.
 
 No code comes with a model: weights are safetensors, classes are diffusers' own.
 """
@@ -50,7 +50,7 @@ class ModelOptions:
     single_file_config: str | None = None
     """For a single file: a diffusers folder or id with its configuration; by default the one that diffusers recognises."""
     denoiser_name_or_path: str | None = None
-    """UNet or transformer in place of the base's own: a folder, an id or a file, as Diffusion-DPO and SePPO are published."""
+    """UNet or transformer in place of the base's own: a folder, an id or a file, as of Diffusion-DPO and SePPO."""
     lora_name_or_path: str | None = None
     """LoRA to merge into the base: a folder, an id or a file."""
     lora_scale: float = 1.0
@@ -208,9 +208,7 @@ class Source:
         except UserError:
             raise
         except Exception as error:  # diffusers raises many kinds, also from the parsers beneath it
-            raise UserError(
-                f"{origin} could not be loaded as a {kind.__name__} in safetensors: {_reason(error)}"
-            ) from error
+            raise UserError(f"{origin} could not be loaded as a {kind.__name__} in safetensors: {_reason(error)}") from error
         _check_complete(model, str(origin))
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info.get(problem):
@@ -249,7 +247,8 @@ class Source:
         try:
             if self.file is not None:
                 pipeline = kind.from_single_file(
-                    str(self.file), config=self.layout, local_files_only=options.local_files_only, **{DTYPE: dtype}, **left_out
+                    str(self.file), config=self.layout, local_files_only=options.local_files_only, **{DTYPE: dtype},
+                    **left_out,
                 )  # fmt: skip
             else:
                 pipeline = kind.from_pretrained(
@@ -369,8 +368,8 @@ def _cached(origin: str) -> bool:
 
 def _unreachable(origin: str, error: Exception) -> UserError:
     return UserError(
-        f"{origin} is no folder here and could not be fetched from the hub; expected 'demo', a diffusers folder, a {SINGLE_FILE} "
-        f"file or a Hugging Face id that can be reached ({first_line(error)})"
+        f"{origin} is no folder here and could not be fetched from the hub; expected 'demo', a diffusers folder, a "
+        f"{SINGLE_FILE} file or a Hugging Face id that can be reached ({first_line(error)})"
     )
 
 
@@ -399,9 +398,10 @@ def _refuse_unsafe(name: str) -> None:
 def _refuse_unsafe_folder(origin: str, subfolder: str, library: str, class_name: str) -> None:
     folder = Path(origin) / subfolder
     if folder.is_dir() and not any(folder.glob(f"*{SINGLE_FILE}")) and any(folder.glob("*.bin")):
+        convert = f"M.from_pretrained('{folder}', use_safetensors=False).save_pretrained('{folder}')"
         raise UserError(
-            f'{folder} holds weights in a format that can run code when it is opened; convert them once: python -c "from {library} '
-            f"import {class_name} as M; M.from_pretrained('{folder}', use_safetensors=False).save_pretrained('{folder}')\""
+            f"{folder} holds weights in a format that can run code when it is opened; convert them once: "
+            f'python -c "from {library} import {class_name} as M; {convert}"'
         )
 
 

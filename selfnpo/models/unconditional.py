@@ -1,4 +1,4 @@
-"""Unconditional models: `UNet2DModel` on pixels, as of DDPM and DDIM. The negative extrapolates; there is no null condition."""
+"""Unconditional models: `UNet2DModel` on pixels, as of DDPM. The negative extrapolates; there is no null condition."""
 
 from typing import ClassVar
 

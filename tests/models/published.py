@@ -1,4 +1,4 @@
-"""The configurations of published models, as their repositories hold them: enough to prove shapes and counts without weights."""
+"""Configurations of published models, as their repositories hold them: enough to prove shapes and counts."""
 
 import json
 from pathlib import Path

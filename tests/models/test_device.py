@@ -50,7 +50,8 @@ def test_the_pretended_device_finds_what_a_real_one_would():
 def test_steps_on_a_device(models, family, rollout, rank):
     config = TrainConfig(
         pretrained_model_name_or_path=str(models(family)), train_batch_size=1, pool_size=1, num_inference_steps=4,
-        mixed_precision="no", rank=rank, rollout=rollout, rollout_guidance_scale=2.0, gradient_accumulation_steps=2, lr_warmup_steps=0,
+        mixed_precision="no", rank=rank, rollout=rollout, rollout_guidance_scale=2.0, gradient_accumulation_steps=2,
+        lr_warmup_steps=0,
     )  # fmt: skip
     prompts = ("",) if family == "class_conditional" else PROMPTS
     expected = Trainer(config, load(config, torch.device("cpu"), prompts))
@@ -74,7 +75,9 @@ def test_pictures_on_a_device(models, rank):
         trainer = Trainer(replace(config, train_batch_size=2, pool_size=1), load(config, device, PROMPTS, rows))
         noise = start_noise(trainer.base, 2, seed=0)
         with trainer.state.student.positive() as positive:
-            return ddim_sample(trainer.base, noise, asked, 3.0, trainer.state.model, positive, num_inference_steps=5).to("cpu")
+            return ddim_sample(trainer.base, noise, asked, 3.0, trainer.state.model, positive, num_inference_steps=5).to(
+                "cpu"
+            )
 
     expected = samples(torch.device("cpu"))
     with pretended_device() as cuda:

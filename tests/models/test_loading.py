@@ -5,7 +5,12 @@ import shutil
 import pytest
 import torch
 from diffusers import (
-    CogVideoXDDIMScheduler, CogVideoXPipeline, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
 )  # fmt: skip
 from safetensors.torch import load_file
 
@@ -58,7 +63,8 @@ def test_sampling_equals_the_plain_pipeline(models, family):
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     options = {"num_frames": 9, "max_sequence_length": 16} if "cogvideox" in family else {}
     expected = pipeline(
-        PROMPTS, latents=noise, guidance_scale=SCALE, num_inference_steps=STEPS, output_type="latent", return_dict=False, **options
+        PROMPTS, latents=noise, guidance_scale=SCALE, num_inference_steps=STEPS, output_type="latent", return_dict=False,
+        **options,
     )[0]  # fmt: skip
     assert_close(latents, expected)
 
@@ -179,7 +185,9 @@ def test_a_lora_is_merged_into_the_base(models, tmp_path, family):
     name, weight = next((name, weight) for name, weight in half.denoiser.named_parameters() if "to_q.weight" in name)
     whole, theta = (dict(each.denoiser.named_parameters())[name] for each in (model, plain))
     torch.testing.assert_close(weight - theta, 0.5 * (whole - theta))
-    assert all(a.equal(b) for a, b in zip(load_negative(tmp_path, plain).parameters(), model.denoiser.parameters(), strict=True))
+    assert all(
+        a.equal(b) for a, b in zip(load_negative(tmp_path, plain).parameters(), model.denoiser.parameters(), strict=True)
+    )
 
 
 def test_prompts_that_are_too_long_are_counted(models, capsys):

@@ -71,15 +71,21 @@ BREAKAGES = {
     ),
     "pickled weights": (
         lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").rename(f / "unet" / "diffusion_pytorch_model.bin"),
-        "in a format that can run code when it is opened; convert them once: python -c \"from diffusers import",
+        'in a format that can run code when it is opened; convert them once: python -c "from diffusers import',
     ),
     "pickled text encoder": (
         lambda f: (f / "text_encoder" / "model.safetensors").rename(f / "text_encoder" / "pytorch_model.bin"),
-        "convert them once: python -c \"from transformers import CLIPTextModel",
+        'convert them once: python -c "from transformers import CLIPTextModel',
     ),
-    "unknown family": (lambda f: edit(f / "unet" / "config.json", _class_name="UNet3DConditionModel"), "is of no family known"),
+    "unknown family": (
+        lambda f: edit(f / "unet" / "config.json", _class_name="UNet3DConditionModel"),
+        "is of no family known",
+    ),
     "inpainting": (lambda f: edit(f / "unet" / "config.json", in_channels=9), "variant for inpainting"),
-    "two kinds of condition": (lambda f: edit(f / "unet" / "config.json", class_embed_type="projection"), "variant that takes more"),
+    "two kinds of condition": (
+        lambda f: edit(f / "unet" / "config.json", class_embed_type="projection"),
+        "variant that takes more",
+    ),
     "another text encoder": (
         lambda f: edit(f / "unet" / "config.json", cross_attention_dim=24),
         "gives encoder_hidden_states of [77, 32], the denoiser takes [77, 24]",
@@ -126,6 +132,7 @@ def test_single_files(models, refused, tmp_path):
         ("stable_diffusion", ["--prompts", "absent.txt"], "prompts absent.txt could not be read"),
         ("stable_diffusion", ["--preset", "released"], "but no images are given; pass --train_data_dir FOLDER"),
         ("stable_diffusion", ["--attention", "xformers"], "attention is xformers, which cannot run here"),
+        ("cogvideox", ["--attention", "xformers"], "diffusers has none for the attention of cogvideox models"),
         ("unconditional", ["--validation_prompt", "a cat"], "but the model is unconditional; leave it out"),
         ("class_conditional", ["--validation_prompt", "12"], "expected a class number from 0 to 9"),
         ("stable_diffusion", ["--denoiser_name_or_path", "nowhere"], "nowhere is no folder here"),
@@ -133,7 +140,11 @@ def test_single_files(models, refused, tmp_path):
         ("stable_diffusion", ["--lora_name_or_path", "lora.pt"], "in a format that can run code"),
         ("unconditional", ["--lora_name_or_path", "lora"], "diffusers has no LoRA for DDPMPipeline"),
         ("stable_diffusion", ["--gradient_accumulation_steps", 0], "gradient_accumulation_steps is 0"),
-        ("stable_diffusion", ["--validation_guidance_scale", 1], "validation_guidance_scale is 1.0; expected a value above 1"),
+        (
+            "stable_diffusion",
+            ["--validation_guidance_scale", 1],
+            "validation_guidance_scale is 1.0; expected a value above 1",
+        ),
         ("stable_diffusion", ["--train_data_dir", "x"], "train_data_dir is given, but rollout is pool"),
     ],
 )
@@ -167,15 +178,26 @@ def test_an_image_folder_without_images(models, refused, tmp_path):
     refused(models("stable_diffusion"), "holds no images; expected files that end in .png", *released)
     (tmp_path / "images" / "a.png").write_bytes(b"no image")
     refused(models("stable_diffusion"), "a.png could not be read as an image", *released)
-    refused(models("stable_diffusion"), "take the images' captions; leave one of the two out", *released, "--prompts", "p.txt")
+    refused(
+        models("stable_diffusion"), "take the images' captions; leave one of the two out", *released, "--prompts", "p.txt"
+    )
 
 
 def test_a_lora_and_a_unet_for_another_base(models, refused, tmp_path, capsys):
-    trained = ("--pretrained_model_name_or_path", models("stable_diffusion_xl"), "--output_dir", tmp_path / "xl", "--rank", 2)
+    trained = (
+        "--pretrained_model_name_or_path",
+        models("stable_diffusion_xl"),
+        "--output_dir",
+        tmp_path / "xl",
+        "--rank",
+        2,
+    )
     assert call("train", *SHORT, *trained) == 0
     lora = tmp_path / "xl" / "negative"
     refused(models("stable_diffusion"), "is a LoRA for another base: it changes", "--lora_name_or_path", lora)
-    refused(models("cogvideox"), "holds nothing for the transformer; expected a LoRA of this family", "--lora_name_or_path", lora)
+    refused(
+        models("cogvideox"), "holds nothing for the transformer; expected a LoRA of this family", "--lora_name_or_path", lora
+    )
     base = models("stable_diffusion")
     other = tmp_path / "other"
     tiny.unet(cross_attention_dim=24).save_pretrained(other)

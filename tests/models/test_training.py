@@ -212,20 +212,31 @@ def test_lora_files_for_diffusers_and_for_comfyui(models, tmp_path, family):
     pipeline.load_lora_weights(folder, weight_name="negative_kohya.safetensors")
     base, sample, time = trainer.state.base, torch.randn(1, 4, 8, 8), torch.tensor([300.0])
     with torch.no_grad():
-        theirs, ours = (base.predict(model, sample, time, torch.tensor([0])) for model in (pipeline.unet, trainer.state.model))
+        theirs, ours = (
+            base.predict(model, sample, time, torch.tensor([0])) for model in (pipeline.unet, trainer.state.model)
+        )
     torch.testing.assert_close(theirs, ours)
 
     kohya = load_file(folder / "negative_kohya.safetensors")
-    # ComfyUI asks for "lora_unet_" and the layer's path with underscores, then .lora_up.weight, .lora_down.weight and .alpha.
+    # ComfyUI asks for lora_unet_ and the layer's path with underscores, then .lora_up.weight, .lora_down.weight and .alpha.
     paths = [path for path, layer in base.denoiser.named_modules() if isinstance(layer, BaseTunerLayer)]
     layers = {f"lora_unet_{path.replace('.', '_')}" for path in paths}
-    assert kohya.keys() == {f"{layer}.{part}" for layer in layers for part in ("lora_up.weight", "lora_down.weight", "alpha")}
-    assert {key: value.item() for key, value in kohya.items() if key.endswith("alpha")} == {f"{key}.alpha": 6.0 for key in layers}
+    assert kohya.keys() == {
+        f"{layer}.{part}" for layer in layers for part in ("lora_up.weight", "lora_down.weight", "alpha")
+    }
+    assert {key: value.item() for key, value in kohya.items() if key.endswith("alpha")} == {
+        f"{key}.alpha": 6.0 for key in layers
+    }
     for name in ("negative_kohya.safetensors", "pytorch_lora_weights.safetensors"):
         with safe_open(folder / name, framework="pt") as file:
             header = file.metadata()
         assert header["modelspec.architecture"] == f"{base.family.architecture}/lora"
-        assert {"modelspec.sai_model_spec", "modelspec.title", "modelspec.implementation", "ss_base_model_version"} <= header.keys()
+        assert {
+            "modelspec.sai_model_spec",
+            "modelspec.title",
+            "modelspec.implementation",
+            "ss_base_model_version",
+        } <= header.keys()
     with safe_open(folder / "negative_kohya.safetensors", framework="pt") as file:
         assert (file.metadata()["ss_network_dim"], file.metadata()["ss_network_alpha"]) == ("2", "6.0")
 
