@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from selfnpo.models import PretrainedModel
 from selfnpo.randomness import Site
@@ -39,7 +40,8 @@ def ddim_sample(
     finished = []
     for sample, asked in zip(noise.split(batch_size), condition.split(batch_size), strict=True):
         null = torch.full_like(asked, base.null_condition)
-        for timestep, row in zip(timesteps, rows, strict=True):
+        steps = tqdm(zip(timesteps, rows, strict=True), desc="sample", total=len(rows), leave=False, disable=None)
+        for timestep, row in steps:
             t = timestep.expand(len(sample))
             cond = base.predict(positive, sample, t, asked)
             uncond = None if guidance_scale == 1 else base.predict(negative, sample, t, null)

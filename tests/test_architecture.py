@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from selfnpo.config import TrainConfig
-from selfnpo.models import SampleOptions
+from selfnpo.models import FAMILIES, SampleOptions
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for folder in ("selfnpo", "selfnpo_kernels") for path in (ROOT / folder).rglob("*.py"))
@@ -41,6 +41,15 @@ def test_only_the_schedule_computes_coefficients():
     for path in SOURCES:
         if path.name not in {"schedule.py", "base.py"}:
             assert "alphas_cumprod" not in path.read_text(), path
+
+
+def test_only_the_families_name_a_family():
+    classes = "|".join(
+        {family.denoiser_class.__name__ for family in FAMILIES} | {family.pipeline_name for family in FAMILIES}
+    )
+    for path in SOURCES:
+        if "models" not in path.parts and "world" not in path.parts:
+            assert not re.search(classes, path.read_text()), path
 
 
 def test_every_setting_is_read_somewhere():

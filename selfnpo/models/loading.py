@@ -1,5 +1,6 @@
 """From a source on disk or on the hub to a model that can be asked."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,9 @@ def _conditions(
     family = source.family
     if family.takes_prompts:
         count, rows = len(prompts), _encode(source, prompts, further, device, dtype)
+        gc.collect()  # pipelines hold themselves in cycles, and text encoders may be larger than the denoiser
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     else:
         if tuple(prompts) != ("",):
             raise UserError(
