@@ -1,7 +1,7 @@
 """The settings of a training run, under the names that diffusers' training scripts use.
 
-Precedence: preset < --config file < command line. Every field is read somewhere; a test holds this. The names that kohya's
-scripts and the released code use are accepted too.
+Precedence: preset < --config file < command line. Every field is read somewhere; a test holds this. Some flags are known
+by their names in kohya's scripts too.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ class TrainConfig(SampleOptions, ModelOptions):
     """Train a negative model from a diffusion model's own truncated rollouts."""
 
     preset: Literal["default", "paper", "released"] = "default"
-    """default: what measures best here; paper: the paper's text; released: the authors' released SD1.5 recipe."""
+    """default: what measures best here; paper: the paper's text; released: the authors' released recipe, from images."""
     config: Path | None = None
     """YAML file with any of these settings, such as the config.yaml of an earlier run."""
 

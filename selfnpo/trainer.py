@@ -65,7 +65,8 @@ class Trainer:
         data: TrainData | None = None,
     ):
         self.config, self.base, self.output_dir = config, base, output_dir
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        if config.allow_tf32:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.state = TrainState.start(config, base, rollout or make_rollout(config, base, data))
         self.objective = TruncatedObjective(
             base,

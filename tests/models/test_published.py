@@ -1,9 +1,12 @@
 """SD1.5, SDXL and CogVideoX-2b as they were published, on the meta device: shapes, conditioning, counts, LoRA, memory."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+from diffusers.utils import convert_state_dict_to_kohya
+from peft import get_peft_model_state_dict
 
 import published
 from selfnpo.config import PRESETS, TrainConfig, parse_config
@@ -31,6 +34,11 @@ def source(folder):
     return Source(ModelOptions(str(folder)))
 
 
+# What ComfyUI derives from the layers of either UNet.
+KOHYA_KEY = re.compile(
+    r"lora_unet_(down_blocks_\d|mid_block|up_blocks_\d)_attentions_\d_transformer_blocks_\d_attn[12]_to_(q|k|v|out_0)"
+    r"\.(lora_down\.weight|lora_up\.weight|alpha)"
+)
 EXPECTED = {
     "STABLE_DIFFUSION_1_5": {
         "family": "stable-diffusion",
@@ -81,6 +89,11 @@ def test_a_lora_adapts_every_attention_projection(source, name):
     model = source.empty_denoiser()
     trained = add_lora(model, lora_config(TrainConfig(rank=16), source.family), STUDENT)
     assert len(trained) == 2 * EXPECTED[name]["adapted"]
+    if source.family.base_model_version:
+        adapters = get_peft_model_state_dict(model, adapter_name=STUDENT)
+        keys = convert_state_dict_to_kohya({f"unet.{path}": tensor for path, tensor in adapters.items()}).keys()
+        assert len(keys) == 3 * EXPECTED[name]["adapted"]
+        assert all(KOHYA_KEY.fullmatch(key) for key in keys)
 
 
 def test_other_sizes(source, name):
