@@ -11,7 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfnpo.models.source import LORA_FILE
+from selfnpo.models.lora import LORA_FILE
 
 
 def model_spec(architecture: str, title: str, **further: str) -> dict[str, str]:

@@ -290,7 +290,7 @@ def test_a_backend_that_cannot_run_is_said_before_anything_is_written(name, sent
 def test_every_setting_is_documented():
     """tyro shows the docstring under a field as its help; one is missing where the source has two fields in a row."""
     package = Path(train.__file__).parent
-    source = "".join((package / name).read_text() for name in ("config.py", "models/source.py", "models/family.py"))
+    source = "".join((package / name).read_text() for name in ("config.py", "models/origin.py", "models/family.py"))
     for field in dataclasses.fields(TrainConfig):
         line = source.index(f"    {field.name}: ")
         assert source[line:].split("\n")[1].strip().startswith('"""'), field.name

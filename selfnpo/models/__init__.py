@@ -3,8 +3,9 @@
 from selfnpo.models.demo import DEMO, DEMO_FOLDER
 from selfnpo.models.family import Family, SampleOptions
 from selfnpo.models.loading import default_device, load_negative, load_pretrained
+from selfnpo.models.origin import ModelOptions
 from selfnpo.models.pretrained import Conditions, PretrainedModel
-from selfnpo.models.source import FAMILIES, ModelOptions, Source
+from selfnpo.models.source import FAMILIES, Source
 
 __all__ = [
     "DEMO", "DEMO_FOLDER", "FAMILIES", "Conditions", "Family", "ModelOptions", "PretrainedModel", "SampleOptions", "Source",

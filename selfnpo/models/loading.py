@@ -12,8 +12,10 @@ from tqdm import tqdm
 
 from selfnpo.errors import UserError
 from selfnpo.models.family import SampleOptions
+from selfnpo.models.lora import LORA_FILE
+from selfnpo.models.origin import ModelOptions
 from selfnpo.models.pretrained import Conditions, PretrainedModel
-from selfnpo.models.source import LORA_FILE, ModelOptions, Source
+from selfnpo.models.source import Source
 from selfnpo.prompts import too_long
 
 ENCODE_BATCH = 16

@@ -12,7 +12,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )  # fmt: skip
-from safetensors.torch import load_file
+from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model_state_dict
 
 import tiny
 from original_format import save_single_file
@@ -137,6 +138,21 @@ def test_a_single_file_is_the_same_model(models, tmp_path, family):
     assert decode_samples(one, sample).equal(decode_samples(other, sample))
 
 
+@pytest.mark.parametrize("family", ["stable_diffusion", "unconditional", "unconditional_flat", "cogvideox"])
+def test_a_hub_id_from_the_cache(models, tmp_path, monkeypatch, family):
+    """As the hub's client lays it out; without a network, files that the model has none of are no obstacle."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--somebody--tiny"
+    shutil.copytree(models(family), repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    here, there = load(models(family)), load("somebody/tiny", local_files_only=True)
+    assert all(a.equal(b) for a, b in zip(here.denoiser.parameters(), there.denoiser.parameters(), strict=True))
+    assert all(rows.equal(there.conditions.rows[name]) for name, rows in here.conditions.rows.items())
+    sample = torch.randn(1, *here.sample_shape)
+    assert decode_samples(here, sample).equal(decode_samples(there, sample))
+
+
 @pytest.fixture
 def another(models, tmp_path):
     """A pipeline whose UNet has other weights."""
@@ -165,15 +181,10 @@ def test_a_lora_is_merged_into_the_base(models, tmp_path, family):
     pipeline = DiffusionPipeline.from_pretrained(models(family))
     plain = load(models(family), PROMPTS)
     denoiser = getattr(pipeline, plain.family.component)
-    from peft import LoraConfig
-
     denoiser.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    from peft import get_peft_model_state_dict
-
     layers = {f"{plain.family.component}_lora_layers": get_peft_model_state_dict(denoiser)}
     metadata = {f"{plain.family.component}_lora_adapter_metadata": denoiser.peft_config["default"].to_dict()}
     pipeline.save_lora_weights(tmp_path, **layers, **metadata)
-    assert load_file(tmp_path / "pytorch_lora_weights.safetensors")
 
     model = load(models(family), PROMPTS, lora_name_or_path=str(tmp_path))
     sample, time, condition = torch.randn(2, *model.sample_shape), torch.full((2,), 500.0), torch.arange(2)
@@ -181,6 +192,9 @@ def test_a_lora_is_merged_into_the_base(models, tmp_path, family):
         got, expected = (model.predict(each, sample, time, condition) for each in (model.denoiser, denoiser))
         base = model.predict(plain.denoiser, sample, time, condition)
     assert_close(got - base, expected - base)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    again = load(models(family), PROMPTS, lora_name_or_path=str(file))
+    assert all(a.equal(b) for a, b in zip(again.denoiser.parameters(), model.denoiser.parameters(), strict=True))
     half = load(models(family), PROMPTS, lora_name_or_path=str(tmp_path), lora_scale=0.5)
     name, weight = next((name, weight) for name, weight in half.denoiser.named_parameters() if "to_q.weight" in name)
     whole, theta = (dict(each.denoiser.named_parameters())[name] for each in (model, plain))
