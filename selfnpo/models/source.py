@@ -31,11 +31,18 @@ from selfnpo.models.origin import (
     refuse_unsafe,
     refuse_unsafe_folder,
 )
-from selfnpo.models.stable_diffusion import StableDiffusion
+from selfnpo.models.stable_diffusion import StableDiffusion, StableDiffusion2
 from selfnpo.models.stable_diffusion_xl import StableDiffusionXL
 from selfnpo.models.unconditional import Unconditional
 
-FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusionXL(), CogVideoX(), Unconditional(), ClassConditional())
+FAMILIES: tuple[Family, ...] = (
+    StableDiffusion(),
+    StableDiffusion2(),
+    StableDiffusionXL(),
+    CogVideoX(),
+    Unconditional(),
+    ClassConditional(),
+)
 DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
 
 

@@ -18,6 +18,8 @@ RELEASED = {
     "lr_warmup_steps": 0,
 }
 
+TEXT_WIDTH_2 = 1024  # of Stable Diffusion 2's text encoder
+
 
 class StableDiffusion(Family):
     name = "stable-diffusion"
@@ -30,7 +32,7 @@ class StableDiffusion(Family):
     presets: ClassVar = {"default": RELEASED}
 
     def matches(self, config: Config) -> bool:
-        return config.get("addition_embed_type") is None
+        return config.get("addition_embed_type") is None and config["cross_attention_dim"] != TEXT_WIDTH_2
 
     def check(self, config: Config) -> None:
         super().check(config)
@@ -53,3 +55,12 @@ class StableDiffusion(Family):
     def encode(self, pipeline: DiffusionPipeline, config: Config, prompts: Sequence[str]) -> dict[str, Tensor]:
         rows, _ = pipeline.encode_prompt(list(prompts), pipeline.text_encoder.device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": rows}
+
+
+class StableDiffusion2(StableDiffusion):
+    name = "stable-diffusion-2"
+    base_model_version = "sd_v2"
+    architecture = "stable-diffusion-v2-768-v"
+
+    def matches(self, config: Config) -> bool:
+        return config.get("addition_embed_type") is None and config["cross_attention_dim"] == TEXT_WIDTH_2

@@ -78,6 +78,13 @@ def test_family_shapes_and_counts(source, name):
         assert call_on_meta(source, model, shape, 2, SampleOptions()).shape == (2, *shape)
 
 
+def test_stable_diffusion_2_is_told_from_1(tmp_path):
+    files = published.STABLE_DIFFUSION_1_5
+    unet = files["unet/config.json"] | {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20]}
+    family = Source(ModelOptions(str(published.write(files | {"unet/config.json": unet}, tmp_path)))).family
+    assert (family.name, family.base_model_version) == ("stable-diffusion-2", "sd_v2")
+
+
 def test_noise_levels(source, name):
     schedule, grid = make_schedule(source.scheduler), make_grid(source.scheduler, 25)
     assert schedule.prediction_type == EXPECTED[name]["prediction_type"]
