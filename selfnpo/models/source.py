@@ -5,6 +5,7 @@ No code comes with a model: weights are safetensors, classes are diffusers' own.
 
 import inspect
 import json
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ class Source:
         """
         options, family = self.options, self.family
         if options.denoiser_name_or_path is None:
-            model = self._load_denoiser(self.file or self.layout, self.subfolder, dtype)
+            model = self._load_denoiser(self.file or self.layout, self.subfolder, dtype, options)
         else:
             model = self.replacement(options.denoiser_name_or_path, dtype)
         if options.lora_name_or_path is not None:
@@ -160,17 +161,18 @@ class Source:
     def replacement(self, name: str, dtype: torch.dtype) -> ModelMixin:
         """Another denoiser of the base's architecture: from its own folder, or from the pipeline that holds it."""
         refuse_unsafe(name)
+        options = replace(self.options, revision=None, variant=None)  # those are the base's
         subfolder = ""
         if not name.endswith(SINGLE_FILE):
-            found = find(name, "config.json", self.options)
+            found = find(name, "config.json", options)
             if found is None:
                 subfolder = self.component
-                if find(name, f"{subfolder}/config.json", self.options) is None:
+                if find(name, f"{subfolder}/config.json", options) is None:
                     raise UserError(
                         f"{name} holds no config.json and no {subfolder}/config.json; expected a "
                         f"{self.family.denoiser_class.__name__} (config.json and *.safetensors)"
                     )
-        model = self._load_denoiser(Path(name) if name.endswith(SINGLE_FILE) else name, subfolder, dtype)
+        model = self._load_denoiser(Path(name) if name.endswith(SINGLE_FILE) else name, subfolder, dtype, options)
         expected = {key: tensor.shape for key, tensor in self.empty_denoiser().state_dict().items()}
         got = {key: tensor.shape for key, tensor in model.state_dict().items()}
         for key in sorted(expected.keys() | got.keys()):
@@ -181,8 +183,8 @@ class Source:
                 )
         return model.eval().requires_grad_(False)
 
-    def _load_denoiser(self, origin: str | Path, subfolder: str, dtype: torch.dtype) -> ModelMixin:
-        kind, options = self.family.denoiser_class, self.options
+    def _load_denoiser(self, origin: str | Path, subfolder: str, dtype: torch.dtype, options: ModelOptions) -> ModelMixin:
+        kind = self.family.denoiser_class
         if isinstance(origin, str):
             refuse_unsafe_folder(origin, subfolder, "diffusers", kind.__name__)
         try:

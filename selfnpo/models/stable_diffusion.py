@@ -32,7 +32,7 @@ class StableDiffusion(Family):
     presets: ClassVar = {"default": RELEASED}
 
     def matches(self, config: Config) -> bool:
-        return config.get("addition_embed_type") is None and config["cross_attention_dim"] != TEXT_WIDTH_2
+        return config.get("addition_embed_type") is None and config.get("cross_attention_dim") != TEXT_WIDTH_2
 
     def check(self, config: Config) -> None:
         super().check(config)
@@ -63,4 +63,4 @@ class StableDiffusion2(StableDiffusion):
     architecture = "stable-diffusion-v2-768-v"
 
     def matches(self, config: Config) -> bool:
-        return config.get("addition_embed_type") is None and config["cross_attention_dim"] == TEXT_WIDTH_2
+        return config.get("addition_embed_type") is None and config.get("cross_attention_dim") == TEXT_WIDTH_2
