@@ -87,12 +87,10 @@ def main(config: SampleConfig) -> None:
         (f"plain guidance (CFG), w = {w:g}", plain),
         (f"negative model, w = {w:g}, beta = {config.beta:g}", guided),
     ]
-    save_comparison(
-        config.output,
-        panels,
-        min(len(asked), 10) if len(asked) > 1 else 4,
-        f"{config.negative}; equal positions start from equal noise",
-    )
+    is_video = len(plain) > config.num_images  # a row of frames each
+    columns = 4 if is_video or len(asked) == 1 else min(len(asked), 10)
+    caption = f"{config.negative}; equal positions start from equal noise"
+    save_comparison(config.output, panels, min(columns, len(plain)), caption)
     print(f"written to {config.output}")
 
 
