@@ -41,10 +41,10 @@ def test_the_pretended_device_finds_what_a_real_one_would():
     ("family", "rollout"),
     [
         ("stable_diffusion", "pool"),
-        ("stable_diffusion_xl", "pool"),
+        pytest.param("stable_diffusion_xl", "pool", marks=pytest.mark.slow),
         ("cogvideox_rotary", "pool"),
         ("class_conditional", "fresh"),
-        ("class_conditional", "full"),
+        pytest.param("class_conditional", "full", marks=pytest.mark.slow),
     ],
 )
 def test_steps_on_a_device(models, family, rollout, rank):

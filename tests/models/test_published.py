@@ -120,18 +120,20 @@ def test_the_memory_plan_counts_what_is_held(source, name, folder):
     assert full.parameters == full.trainable == weights
     rows = full.rows
     assert rows["student, float32"] + rows["gradients"] + rows["AdamW's two moments"] + rows["reference"] == 20 * weights
-    frozen = memory_plan(replace(config, reference_decay=1.0), source, 1000, CUDA)
-    assert frozen.total == full.total - 2 * weights
     lora = memory_plan(replace(config, rank=16), source, 1000, CUDA)
     assert lora.rows["base, shared by student and reference"] == 2 * weights
     assert lora.total < full.total / 5
+    assert f"{weights:,} parameters" in str(full)
+    assert "GiB" in str(full)
+    if name != "STABLE_DIFFUSION_1_5":
+        return  # the rest depends on no configuration
     low = memory_plan(replace(config, rank=16, low_vram=True), source, 1000, CUDA)
     assert low.total < lora.total
+    frozen = memory_plan(replace(config, reference_decay=1.0), source, 1000, CUDA)
+    assert frozen.total == full.total - 2 * weights
     kept = memory_plan(replace(config, rank=16, gradient_checkpointing=False), source, 1000, CUDA)
     activations = "activations (1 samples, estimated)"
     assert kept.rows[activations] > 2 * lora.rows[activations] > 0
-    assert f"{weights:,} parameters" in str(full)
-    assert "GiB" in str(full)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

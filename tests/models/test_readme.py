@@ -21,7 +21,7 @@ MODELS = {
     "THUDM/CogVideoX-2b": "cogvideox",
 }
 # Small enough for tiny models; everything else is as in the README.
-SMALLER = {"--rank": "4", "--num_frames": "5", "--validation_steps": "1"}
+SMALLER = {"--rank": "4", "--num_frames": "5", "--validation_steps": "2"}
 SHORT = ["--max_train_steps", "2", "--pool_size", "1", "--num_inference_steps", "10", "--train_batch_size", "2"]
 
 
@@ -54,14 +54,12 @@ def test_training(models, arguments, capsys):
         assert names == {"README.md", "pytorch_lora_weights.safetensors"} | kohya
     assert list((output / "samples").glob("step-*.png"))
     assert capsys.readouterr().out.startswith("memory plan: ")
-
-
-def test_sampling(models):
-    train(models, next(each for each in COMMANDS if "runs/sdxl" in each))
-    assert call("sample", *on_tiny_models(models, SAMPLE), "--num_inference_steps", 10) == 0
-    assert Path("samples.png").is_file()
+    if output.name in " ".join(SAMPLE):
+        assert call("sample", *on_tiny_models(models, SAMPLE), "--num_inference_steps", 10) == 0
+        assert Path("samples.png").is_file()
 
 
 def test_every_model_is_shown():
     assert len(COMMANDS) == 5
+    assert SAMPLE[SAMPLE.index("--negative") + 1] == "runs/sdxl/negative"
     assert {name for arguments in COMMANDS for name in arguments} >= MODELS.keys()

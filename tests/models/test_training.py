@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import tiny
 from selfnpo.config import TrainConfig, dtype_of
 from selfnpo.data import read_data
 from selfnpo.models import ModelOptions, Source, load_negative, load_pretrained
@@ -21,7 +20,14 @@ from selfnpo.train import load_base
 from selfnpo.trainer import Trainer
 from selfnpo.validation import save_grid
 
-FAMILIES = [name for name in tiny.FAMILIES if name != "unconditional_flat"]
+FAMILIES = [
+    "stable_diffusion",
+    "stable_diffusion_xl",
+    "cogvideox",
+    pytest.param("cogvideox_rotary", marks=pytest.mark.slow),
+    "unconditional",
+    "class_conditional",
+]
 LORA_FAMILIES = ["stable_diffusion", "stable_diffusion_xl", "cogvideox"]  # of which diffusers loads LoRAs
 RANKS = [0, 2]
 
@@ -146,7 +152,7 @@ def test_gradient_checkpointing_and_low_vram_change_nothing(models, rank):
     assert [run.state.base.denoiser.is_gradient_checkpointing for run in runs] == [False, rank > 0, rank > 0]
 
 
-@pytest.mark.parametrize("rollout", ["pool", "fresh", "full"])
+@pytest.mark.parametrize("rollout", ["pool", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fresh", "full"))])
 def test_accumulated_gradients_are_those_of_the_whole_batch(models, rollout):
     config = settings(models("stable_diffusion"), rollout=rollout, rollout_guidance_scale=2.0, train_batch_size=4)
     whole, parts = start(config), start(replace(config, train_batch_size=1, gradient_accumulation_steps=4))
