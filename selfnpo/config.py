@@ -1,7 +1,7 @@
 """The settings of a training run, under the names that diffusers' training scripts use.
 
 Precedence: preset < --config file < command line. Every field is read somewhere; a test holds this. Some flags are known
-by their names in kohya's scripts too.
+by their names in kohya's scripts and in the authors' released code too.
 """
 
 import importlib.util
@@ -35,7 +35,7 @@ class TrainConfig(SampleOptions, ModelOptions):
     """Where everything is written."""
     overwrite: bool = False
     """Replace the results of an earlier run in output_dir; other files there stay."""
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: Annotated[str | None, arg(aliases=("--resume",))] = None
     """latest, or a checkpoint folder; continues exactly where that checkpoint was taken."""
 
     prompts: str = "none"
@@ -84,6 +84,8 @@ class TrainConfig(SampleOptions, ModelOptions):
     """AdamW's weight decay."""
     adam_epsilon: float = 1e-8
     """AdamW's epsilon."""
+    use_8bit_adam: bool = False
+    """Keep AdamW's moments in 8 bits (pip install 'selfnpo[bitsandbytes]')."""
     max_grad_norm: float = 1.0
     """Gradient norm above which gradients are scaled down."""
 
@@ -91,7 +93,7 @@ class TrainConfig(SampleOptions, ModelOptions):
     """Where training samples come from; see selfnpo/rollout.py."""
     pool_size: int = 8
     """Trajectories under way in pool mode, in batches; the more, the less alike consecutive batches are."""
-    num_inference_steps: int = 25
+    num_inference_steps: Annotated[int, arg(aliases=("--num_ddim_timesteps",))] = 25
     """Points of the DDIM grid of a rollout."""
     num_rollout_steps: int = 5
     """K: steps of a rollout that starts from data."""
@@ -99,9 +101,9 @@ class TrainConfig(SampleOptions, ModelOptions):
     """Guidance of the reference in its rollouts: 0 unconditional, 1 conditional, above 1 guided."""
     reference_decay: float = 0.999
     """The reference is an exponential moving average of the student with this decay; 1 keeps it frozen."""
-    condition_dropout: float = 0.1
+    condition_dropout: Annotated[float, arg(aliases=("--proportion_empty_prompts", "--caption_dropout_rate"))] = 0.1
     """Share of the student's conditions replaced by the null condition."""
-    loss: Literal["l2", "huber"] = "l2"
+    loss: Annotated[Literal["l2", "huber"], arg(aliases=("--loss_type",))] = "l2"
     """Distance between the student's x_0 and the target."""
     loss_weighting: Literal["x0", "epsilon"] = "epsilon"
     """x0: as the paper writes it; epsilon: weighted by alpha_s / sigma_s, in units of the noise."""
@@ -127,13 +129,13 @@ class TrainConfig(SampleOptions, ModelOptions):
     """Checkpoints to keep; older ones are deleted."""
     logging_steps: int = 10
     """Steps between lines of log.jsonl."""
-    report_to: Literal["none", "tensorboard"] = "none"
+    report_to: Annotated[Literal["none", "tensorboard"], arg(aliases=("--log_with",))] = "none"
     """Also log to TensorBoard (pip install 'selfnpo[tensorboard]')."""
     logging_dir: Path = Path("tensorboard")
     """TensorBoard's folder; a relative path lies in output_dir."""
     push_to_hub: bool = False
     """Upload the finished negative to the Hugging Face hub, as the user of hf auth login."""
-    hub_model_id: str | None = None
+    hub_model_id: Annotated[str | None, arg(aliases=("--huggingface_repo_id",))] = None
     """Repository to upload to; by default named like output_dir."""
 
     @property
@@ -277,6 +279,8 @@ def check(config: TrainConfig) -> TrainConfig:
         raise UserError(f"max_relative_delta is {config.max_relative_delta}; expected a positive number, such as 0.05")
     if config.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise UserError("report_to is tensorboard, which is not installed; run pip install 'selfnpo[tensorboard]'")
+    if config.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("use_8bit_adam needs the package bitsandbytes; run pip install 'selfnpo[bitsandbytes]'")
     return config
 
 

@@ -32,11 +32,23 @@ def read_data(config: TrainConfig, source: Source) -> TrainData:
                 "rollouts start from data (--rollout data, or --preset released), but no images are given; pass "
                 "--train_data_dir FOLDER, or --rollout pool, which needs none"
             )
-        return TrainData(read_prompts(config.prompts, config.prompt_dataset, config.local_files_only), [], [])
+        prompts = read_prompts(config.prompts, config.prompt_dataset, config.local_files_only)
+        return TrainData(_needed(prompts, config), [], [])
     if config.prompts != "none" or config.prompt_dataset is not None:
         raise UserError("prompts are given, but rollouts from images take the images' captions; leave one of the two out")
     files, captions = read_folder(config.train_data_dir)
     return TrainData([*dict.fromkeys(captions)] if source.family.takes_prompts else [""], files, captions)
+
+
+def _needed(prompts: list[str], config: TrainConfig) -> list[str]:
+    """Of more prompts than the run starts trajectories, evenly spaced ones: encoding the others would be waste."""
+    started = config.max_train_steps * config.total_batch_size
+    if config.rollout == "pool":  # where a trajectory lasts N steps, and every place has one from the start
+        started = config.pool_size * config.total_batch_size + -(-started // config.num_inference_steps)
+    if len(prompts) <= started:
+        return prompts
+    print(f"note: {started:,} of the {len(prompts):,} prompts are used, for the run starts as many trajectories")
+    return [prompts[index * len(prompts) // started] for index in range(started)]
 
 
 def encode_data(data: TrainData, base: PretrainedModel) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from selfnpo.models import PretrainedModel
 
@@ -19,7 +20,8 @@ def decode_samples(base: PretrainedModel, samples: Tensor) -> Tensor:
         return samples.cpu()
     vae.to(base.device)
     shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return torch.cat([_decode(vae, sample[None].float() / vae.config.scaling_factor + shift) for sample in samples])
+    progress = tqdm(samples, desc="decode", leave=False, disable=None)
+    return torch.cat([_decode(vae, sample[None].float() / vae.config.scaling_factor + shift) for sample in progress])
 
 
 def _decode(vae: torch.nn.Module, latent: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from selfnpo.config import TrainConfig, dtype_of
 from selfnpo.models import SampleOptions, Source
+from selfnpo.optimizer import moment_bytes
 from selfnpo.student import STUDENT, add_lora, checkpoint_gradients, lora_config, lora_layers, switch
 
 
@@ -44,7 +45,7 @@ def shortage(plan: MemoryPlan, device: torch.device) -> str:
     return (
         f"warning: the plan is larger than the {free / (1 << 30):.1f} GiB that are free on {device}; try "
         "--gradient_checkpointing, a smaller --train_batch_size with --gradient_accumulation_steps, "
-        "--rank 16 for a LoRA, or --low_vram\n"
+        "--rank 16 for a LoRA, --use_8bit_adam, or --low_vram\n"
     )
 
 
@@ -59,13 +60,13 @@ def memory_plan(config: TrainConfig, source: Source, prompts: int, device: torch
     shape = source.family.sample_shape(source.config, source.scale, config)
     weights = sum(parameter.numel() for parameter in model.parameters())
     if config.rank:
-        trained = sum(each.numel() for each in add_lora(model, lora_config(config, source.family), STUDENT).values())
+        trainable = [*add_lora(model, lora_config(config, source.family), STUDENT).values()]
         switch(lora_layers(model).values(), STUDENT)
+        trained = sum(parameter.numel() for parameter in trainable)
         rows = {"base, shared by student and reference": weights * dtype.itemsize, "adapters": 4 * trained}
         rows["average of the adapters"] = 4 * trained if config.reference_decay < 1 else 0
     else:
-        trained = weights
-        model.requires_grad_(True)
+        trainable, trained = [*model.requires_grad_(True).parameters()], weights
         rows = {"student, float32": 4 * weights}
         rows |= _reference(config, weights, dtype, device)
     checkpoint_gradients(config, model)
@@ -74,7 +75,7 @@ def memory_plan(config: TrainConfig, source: Source, prompts: int, device: torch
     samples = (config.pool_size if config.rollout == "pool" else 1) * config.total_batch_size
     rows |= {
         "gradients": 4 * trained,
-        "AdamW's two moments": 8 * trained,
+        "AdamW's two moments": sum(moment_bytes(config, parameter) for parameter in trainable),
         f"prompts ({prompts} encoded)": prompt_size if on_device else 0,
         f"samples under way ({samples})": 4 * samples * prod(shape),
         f"activations ({config.train_batch_size} samples, estimated)": activations(config, source, model, shape),

@@ -10,9 +10,10 @@ from selfnpo.config import Precision, dtype_of
 from selfnpo.decode import decode_samples
 from selfnpo.errors import UserError
 from selfnpo.merge import mix
-from selfnpo.models import ModelOptions, SampleOptions, load_negative, load_pretrained
+from selfnpo.models import ModelOptions, SampleOptions, Source, load_negative, load_pretrained
 from selfnpo.picture import save_comparison
 from selfnpo.sampling import ddim_sample, start_noise
+from selfnpo.schedule import make_grid
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def check(config: SampleConfig) -> None:
 
 def main(config: SampleConfig) -> None:
     check(config)
+    make_grid(Source(config).scheduler, config.num_inference_steps)  # refused before anything lasts
     base = load_pretrained(config, config, further_prompts=config.prompt, dtype=dtype_of(config.mixed_precision))
     trained = load_negative(config.negative, base)
     positive = load_negative(config.positive, base) if config.positive else None

@@ -43,6 +43,10 @@ def _sampler(scheduler: SchedulerMixin) -> SchedulerMixin:
         if scheduler.config.use_dynamic_shifting:
             raise UserError(f"{name} with use_dynamic_shifting has no fixed noise levels; set use_dynamic_shifting to false")
         return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+    if not hasattr(scheduler, "alphas_cumprod"):  # EDM's and those of exploding variance
+        raise UserError(
+            f"{name} has no alphas_cumprod to derive noise levels from; expected a model with a DDPM-like scheduler"
+        )
     family = CogVideoXDDIMScheduler if name.startswith("CogVideoX") else DDIMScheduler
     return family.from_config(scheduler.config)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from selfnpo.config import TrainConfig, binding
 from selfnpo.errors import UserError
 from selfnpo.models import PretrainedModel
+from selfnpo.optimizer import make_optimizer, set_step, start_state, state_tensors
 from selfnpo.rollout import Rollout
 from selfnpo.student import Student, make_student
 
@@ -38,14 +39,7 @@ class TrainState:
     def start(cls, config: TrainConfig, base: PretrainedModel, rollout: Rollout) -> "TrainState":
         """A fresh run: the student equals the base."""
         student = make_student(config, base)
-        optimizer = torch.optim.AdamW(
-            student.trainable.values(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-            fused=True,
-        )
+        optimizer = make_optimizer(config, student.trainable.values())
         lr_scheduler = get_scheduler(
             config.lr_scheduler,
             optimizer,
@@ -69,7 +63,8 @@ class TrainState:
         found = {f"model.{name}": parameter.detach() for name, parameter in self.student.trainable.items()}
         found |= {f"reference_model.{name}": tensor.detach() for name, tensor in self.student.averaged.items()}
         for name, parameter in self.student.trainable.items():
-            found |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+            state = state_tensors(self.optimizer, parameter)
+            found |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
         return found | {f"rollout.{name}": value for name, value in self.rollout.tensors.items()}
 
     def scalars(self) -> dict[str, Any]:
@@ -94,12 +89,11 @@ class TrainState:
                 )
         if scalars["base_sha256"] != self.fingerprint:
             raise UserError(f"the checkpoint was made from other weights than {self.config.pretrained_model_name_or_path}")
-        for parameter in self.student.trainable.values():
-            self.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device)} | {
-                key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")
-            }
+        start_state(self.optimizer)
         for name, value in self.tensors().items():
             value.copy_(tensors[name])
+        for name, parameter in self.student.trainable.items():
+            set_step(self.optimizer, parameter, tensors[f"optimizer.{name}.step"])
         self.lr_scheduler.load_state_dict(scalars["lr_scheduler"] | {"lr_lambdas": [None]})
         for group, rate in zip(self.optimizer.param_groups, scalars["lr_scheduler"]["_last_lr"], strict=True):
             group["lr"] = rate

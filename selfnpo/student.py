@@ -131,7 +131,8 @@ class FullWeights:
     @contextmanager
     def positive(self) -> Iterator[ModelMixin]:
         base = self.base.denoiser
-        yield base if next(base.parameters()).device == self.base.device else copy.deepcopy(base).to(self.base.device)
+        here = next(base.parameters()).device == self.base.device
+        yield base if here else converted(base, self.base.device, torch.float32)
 
     def training(self) -> AbstractContextManager:
         return nullcontext()
@@ -276,8 +277,13 @@ class _Adapted(nn.Module):
 
 
 def converted(model: ModelMixin, device: torch.device, dtype: torch.dtype) -> ModelMixin:
-    """A copy; diffusers' own `to` would warn of modules that it keeps in float32, of which these families have none."""
-    return nn.Module.to(copy.deepcopy(model), device, dtype)
+    """A copy, tensor by tensor: a model in between, in another place or precision, might not fit anywhere."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        moved = tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+
+    return copy.deepcopy(model, {id(tensor): copied(tensor) for tensor in (*model.parameters(), *model.buffers())})
 
 
 def _norm(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from selfnpo.memory import memory_plan, shortage
 from selfnpo.models import PretrainedModel, Source, default_device, load_pretrained
 from selfnpo.output import check_output, prepare_output
 from selfnpo.results import RESULTS, demo_report, save_metrics, save_negative
+from selfnpo.schedule import make_grid
 from selfnpo.trainer import Trainer
 
 
@@ -36,6 +37,7 @@ def load_base(config: TrainConfig, data: TrainData) -> PretrainedModel:
 def main(config: TrainConfig) -> int | None:
     check_output(config.output_dir, config.overwrite, resume=config.resume_from_checkpoint is not None)
     source = Source(config)
+    make_grid(source.scheduler, config.num_inference_steps)  # refused before anything lasts
     data = read_data(config, source)
     plan = memory_plan(config, source, len(data.prompts), default_device())
     print(plan, shortage(plan, default_device()), sep="\n", end="")

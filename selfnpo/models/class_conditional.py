@@ -13,10 +13,14 @@ from selfnpo.models.family import Config, Family, SampleOptions
 class ClassConditional(Family):
     name = "class-conditional"
     denoiser_class = DiTTransformer2DModel
+    former_class_names = ("Transformer2DModel",)  # which was many models in one, told apart by norm_type
     pipeline_name = "DiTPipeline"
     component = "transformer"
     guidance_scale = 4.0
     architecture = "dit"
+
+    def matches(self, config: Config) -> bool:
+        return config.get("norm_type", "ada_norm_zero") == "ada_norm_zero"
 
     def check(self, config: Config) -> None:
         """`out_channels` may be twice `in_channels`: a learned variance, which no deterministic sampler reads."""

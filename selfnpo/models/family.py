@@ -48,6 +48,7 @@ class Family(ABC):
 
     name: ClassVar[str]
     denoiser_class: ClassVar[type[ModelMixin]]
+    former_class_names: ClassVar[tuple[str, ...]] = ()  # of the denoiser, in configurations that were published long ago
     pipeline_name: ClassVar[str]  # of a class of diffusers; imported when it is needed, for it brings transformers along
     component: ClassVar[str]  # the denoiser's name in the pipeline
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")

@@ -1,13 +1,15 @@
 """Which model is meant, and its small files: in a folder here or on the hub. What could run code is refused by name."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
 
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from tyro.conf import arg
 
 from selfnpo.errors import UserError, first_line
 from selfnpo.models.demo import DEMO
@@ -20,9 +22,9 @@ UNSAFE = (".ckpt", ".pt", ".pth", ".bin")
 class ModelOptions:
     """Which model."""
 
-    pretrained_model_name_or_path: str = DEMO
+    pretrained_model_name_or_path: Annotated[str, arg(aliases=("--pretrained_teacher_model",))] = DEMO
     """The base: demo, a diffusers folder, a Hugging Face id, or a single .safetensors file."""
-    revision: str | None = None
+    revision: Annotated[str | None, arg(aliases=("--teacher_revision",))] = None
     """Branch, tag or commit of a Hugging Face id."""
     variant: str | None = None
     """Weights with this word in their file names, such as fp16."""
@@ -32,9 +34,9 @@ class ModelOptions:
     """For a single file: a diffusers folder or id with its configuration; by default the one that diffusers recognises."""
     denoiser_name_or_path: str | None = None
     """UNet or transformer in place of the base's own: a folder, an id or a file, as of Diffusion-DPO and SePPO."""
-    lora_name_or_path: str | None = None
+    lora_name_or_path: Annotated[str | None, arg(aliases=("--base_weights",))] = None
     """LoRA to merge into the base: a folder, an id or a file."""
-    lora_scale: float = 1.0
+    lora_scale: Annotated[float, arg(aliases=("--base_weights_multiplier",))] = 1.0
     """Strength of that LoRA."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the denoiser predicts, where the base's scheduler says it wrongly."""
@@ -97,11 +99,47 @@ def refuse_unsafe(name: str) -> None:
         )
 
 
-def refuse_unsafe_folder(origin: str, subfolder: str, library: str, class_name: str) -> None:
-    folder = Path(origin) / subfolder
-    if folder.is_dir() and not any(folder.glob(f"*{SINGLE_FILE}")) and any(folder.glob("*.bin")):
-        convert = f"M.from_pretrained('{folder}', use_safetensors=False).save_pretrained('{folder}')"
-        raise UserError(
-            f"{folder} holds weights in a format that can run code when it is opened; convert them once: "
-            f'python -c "from {library} import {class_name} as M; {convert}"'
+def weight_variant(name: str) -> str | None:
+    """fp16 of diffusion_pytorch_model.fp16.safetensors, None of diffusion_pytorch_model.safetensors."""
+    words = name.removesuffix(SINGLE_FILE).split(".")
+    return words[1].split("-")[0] if len(words) > 1 else None
+
+
+def weight_variants(origin: str, subfolder: str, options: ModelOptions) -> set[str | None]:
+    """The variants in which a part of a model is there in safetensors."""
+    return {weight_variant(name) for name in _files(origin, subfolder, options) if name.endswith(SINGLE_FILE)}
+
+
+def why_not_loaded(origin: str, subfolder: str, options: ModelOptions, converter: str) -> str | None:
+    """What is wrong with the files of a part that could not be loaded, and what to do; None if it lies elsewhere.
+
+    Args:
+        converter: the class of diffusers that opens `origin` and saves it in safetensors.
+    """
+    found, where = weight_variants(origin, subfolder, options), f"{origin}/{subfolder}".rstrip("/")
+    if found and options.variant not in found:
+        wanted = "without a variant" if options.variant is None else f"of the variant {options.variant}"
+        fix = "leave --variant out" if None in found else f"pass --variant {min(found)}"
+        return f"{where} holds no weights {wanted}; {fix}"
+    if not found and any(name.endswith(UNSAFE) for name in _files(origin, subfolder, options)):
+        part = f", subfolder='{subfolder}'" if subfolder and converter != "DiffusionPipeline" else ""
+        folder = f"{origin if Path(origin).is_dir() else Path(origin).name}-safetensors"
+        return (
+            f"{where} holds weights in a format that can run code when it is opened; convert them once: "
+            f"python -c \"from diffusers import {converter} as C; C.from_pretrained('{origin}'{part})"
+            f".save_pretrained('{folder}')\" and use {folder}"
         )
+    return None
+
+
+def _files(origin: str, subfolder: str, options: ModelOptions) -> list[str]:
+    """Names of the files in a part of a model, here or on the hub; where that cannot be asked, of those fetched from it."""
+    folder = Path(origin) / subfolder
+    if not Path(origin).is_dir():
+        if not (options.local_files_only or constants.HF_HUB_OFFLINE):
+            with suppress(HfHubHTTPError, HFValidationError, OSError, ValueError):
+                paths = map(PurePosixPath, HfApi().list_repo_files(origin, revision=options.revision))
+                return [path.name for path in paths if path.parent == PurePosixPath(subfolder)]
+        config = find(origin, f"{subfolder}/config.json".lstrip("/"), options)
+        folder = folder if config is None else config.parent
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []

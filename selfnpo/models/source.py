@@ -29,7 +29,8 @@ from selfnpo.models.origin import (
     find,
     recognise,
     refuse_unsafe,
-    refuse_unsafe_folder,
+    weight_variants,
+    why_not_loaded,
 )
 from selfnpo.models.stable_diffusion import StableDiffusion, StableDiffusion2
 from selfnpo.models.stable_diffusion_xl import StableDiffusionXL
@@ -87,7 +88,8 @@ class Source:
     def _find_family(self) -> Family:
         class_name = self.config.get("_class_name")
         for family in FAMILIES:
-            if family.denoiser_class.__name__ == class_name and family.matches(self.config):
+            names = (family.denoiser_class.__name__, *family.former_class_names)
+            if class_name in names and family.matches(self.config):
                 # A configuration lists only what differs from the class's defaults.
                 parameters = inspect.signature(family.denoiser_class.__init__).parameters.items()
                 self.config = {
@@ -128,6 +130,8 @@ class Source:
     def scale(self) -> int:
         """Pixels per latent in each direction; 1 for models in pixel space."""
         config = self._json("vae/config.json")
+        if config is None and self._json("vqvae/config.json") is not None:
+            raise UserError(f"{self.layout} has a vqvae, which is not supported; expected a model on pixels or with a vae")
         return 1 if config is None else 2 ** (len(config["block_out_channels"]) - 1)
 
     def vae(self) -> ModelMixin | None:
@@ -160,7 +164,7 @@ class Source:
     def replacement(self, name: str, dtype: torch.dtype) -> ModelMixin:
         """Another denoiser of the base's architecture: from its own folder, or from the pipeline that holds it."""
         refuse_unsafe(name)
-        options = replace(self.options, revision=None, variant=None)  # those are the base's
+        options = replace(self.options, revision=None)  # which is the base's
         subfolder = ""
         if not name.endswith(SINGLE_FILE):
             found = find(name, "config.json", options)
@@ -171,6 +175,8 @@ class Source:
                         f"{name} holds no config.json and no {subfolder}/config.json; expected a "
                         f"{self.family.denoiser_class.__name__} (config.json and *.safetensors)"
                     )
+            if options.variant and options.variant not in weight_variants(name, subfolder, options):
+                options = replace(options, variant=None)
         model = self._load_denoiser(Path(name) if name.endswith(SINGLE_FILE) else name, subfolder, dtype, options)
         expected = {key: tensor.shape for key, tensor in self.empty_denoiser().state_dict().items()}
         got = {key: tensor.shape for key, tensor in model.state_dict().items()}
@@ -184,8 +190,6 @@ class Source:
 
     def _load_denoiser(self, origin: str | Path, subfolder: str, dtype: torch.dtype, options: ModelOptions) -> ModelMixin:
         kind = self.family.denoiser_class
-        if isinstance(origin, str):
-            refuse_unsafe_folder(origin, subfolder, "diffusers", kind.__name__)
         try:
             if isinstance(origin, Path):
                 model, info = self._from_single_file(origin, dtype), {}
@@ -198,7 +202,10 @@ class Source:
         except UserError:
             raise
         except Exception as error:  # diffusers raises many kinds, also from the parsers beneath it
-            raise UserError(f"{origin} could not be loaded as a {kind.__name__} in safetensors: {_reason(error)}") from error
+            whole = "DiffusionPipeline" if origin == self.layout else kind.__name__
+            why = why_not_loaded(origin, subfolder, options, whole) if isinstance(origin, str) else None
+            reason = f"{origin} could not be loaded as a {kind.__name__} in safetensors: {_reason(error)}"
+            raise UserError(why or reason) from error
         _check_complete(model, str(origin))
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info.get(problem):
@@ -233,7 +240,6 @@ class Source:
         for name in wanted:
             if index.get(name, (None, None))[0] is None:
                 raise UserError(f"{self.layout} has no {name} in its model_index.json; expected a complete {kind.__name__}")
-            refuse_unsafe_folder(self.layout, name, *index[name])
         try:
             if self.file is not None:
                 pipeline = kind.from_single_file(
@@ -246,8 +252,10 @@ class Source:
                     local_files_only=options.local_files_only, scheduler=self.scheduler, **left_out,
                 )  # fmt: skip
         except Exception as error:  # as above
-            names = ", ".join(wanted)
-            raise UserError(f"{names} of {self.layout} could not be loaded in safetensors: {_reason(error)}") from error
+            parts = wanted if self.file is None else ()
+            why = (why_not_loaded(self.layout, name, options, "DiffusionPipeline") for name in parts)
+            reason = f"{', '.join(wanted)} of {self.layout} could not be loaded in safetensors: {_reason(error)}"
+            raise UserError(next(filter(None, why), reason)) from error
         for name in wanted:
             if isinstance(part := getattr(pipeline, name), nn.Module):
                 _check_complete(part, str(self.file or self.layout))

@@ -12,7 +12,12 @@ from selfnpo.models.family import Config, SampleOptions
 from selfnpo.models.stable_diffusion import RELEASED, StableDiffusion
 
 # The released SDXL script's values.
-RELEASED_XL = RELEASED | {"train_batch_size": 10, "learning_rate": 1e-7, "gradient_checkpointing": True}
+RELEASED_XL = RELEASED | {
+    "train_batch_size": 10,
+    "learning_rate": 1e-7,
+    "adam_weight_decay": 0.0,
+    "gradient_checkpointing": True,
+}
 
 
 class StableDiffusionXL(StableDiffusion):

@@ -1,6 +1,8 @@
+import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 import tiny
 
@@ -16,3 +18,18 @@ def models(tmp_path_factory):
         return built[family]
 
     return folder
+
+
+@pytest.fixture
+def put_in_cache(tmp_path, monkeypatch):
+    """Lays out a folder as the hub's client does that has fetched it."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+    def put(folder: Path, hub_id: str) -> None:
+        repository = cache / f"models--{hub_id.replace('/', '--')}"
+        shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+
+    return put

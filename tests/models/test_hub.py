@@ -10,6 +10,8 @@ import pytest
 from huggingface_hub import constants
 
 from commands import call
+from selfnpo.models import ModelOptions
+from selfnpo.models.origin import weight_variants, why_not_loaded
 
 SHORT = ("--max_train_steps", 1, "--train_batch_size", 1, "--pool_size", 1, "--num_inference_steps", 10)
 
@@ -36,7 +38,13 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(200, {"success": True, "commitOid": "1", "commitUrl": url})
         return self.answer(403, {"error": "closed"})
 
-    def answer(self, status: int, content: dict) -> None:
+    def do_GET(self):
+        files = ("model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.fp16.safetensors", "vae/model.bin")
+        if self.path.startswith("/api/models/someone/model/tree/main?recursive=true"):
+            return self.answer(200, [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in files])
+        return self.answer(404, {"error": "not found"})
+
+    def answer(self, status: int, content: dict | list) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -86,3 +94,11 @@ def test_a_failed_upload_costs_no_result(models, hub, tmp_path, capsys):
     negative = tmp_path / "out" / "negative"
     assert f"try again: hf upload someone/out {negative} ." in capsys.readouterr().err
     assert (negative / "diffusion_pytorch_model.safetensors").is_file()
+
+
+def test_the_hub_is_asked_for_the_files_of_a_part(hub):
+    options = ModelOptions("someone/model")
+    assert weight_variants("someone/model", "unet", options) == {"fp16"}
+    assert why_not_loaded("someone/model", "unet", options, "DiffusionPipeline").endswith("pass --variant fp16")
+    assert "from_pretrained('someone/model').save" in why_not_loaded("someone/model", "vae", options, "DiffusionPipeline")
+    assert "subfolder='vae')" in why_not_loaded("someone/model", "vae", options, "AutoencoderKL")

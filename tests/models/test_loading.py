@@ -1,5 +1,6 @@
 """Models from disk: what is loaded is what plain diffusers loads, and it is asked as plain pipelines ask it."""
 
+import json
 import shutil
 
 import pytest
@@ -12,12 +13,12 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )  # fmt: skip
-from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model_state_dict
 
 import tiny
 from original_format import save_single_file
 from selfnpo.decode import decode_samples
+from selfnpo.errors import UserError
 from selfnpo.models import ModelOptions, SampleOptions, load_negative, load_pretrained
 from selfnpo.sampling import ddim_sample, start_noise
 
@@ -100,6 +101,21 @@ def test_sampling_equals_a_plain_loop(models, family):
     assert_close(samples, sample)
 
 
+def test_a_dit_as_it_was_published(models, tmp_path):
+    """Its configuration is older than the name of its class, and holds what other models of the former class needed."""
+    folder = shutil.copytree(models("class_conditional"), tmp_path / "model")
+    path = folder / "transformer" / "config.json"
+    former = {"_class_name": "Transformer2DModel", "cross_attention_dim": None, "num_vector_embeds": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | former))
+    published, renamed = load(folder), load(models("class_conditional"))
+    assert published.family is renamed.family
+    pairs = zip(published.denoiser.parameters(), renamed.denoiser.parameters(), strict=True)
+    assert all(a.equal(b) for a, b in pairs)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_type": "ada_norm_single"}))  # as of PixArt
+    with pytest.raises(UserError, match="of no family known here"):
+        load(folder)
+
+
 def test_micro_conditioning_reaches_sdxl(models):
     options = ModelOptions(str(models("stable_diffusion_xl")))
     plain = load_pretrained(options)
@@ -138,19 +154,10 @@ def test_a_single_file_is_the_same_model(models, tmp_path, family):
     assert decode_samples(one, sample).equal(decode_samples(other, sample))
 
 
-def put_in_cache(folder, hub_id, cache, monkeypatch):
-    """As the hub's client lays it out."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    repository = cache / f"models--{hub_id.replace('/', '--')}"
-    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-
-
 @pytest.mark.parametrize("family", ["stable_diffusion", "unconditional", "unconditional_flat", "cogvideox"])
-def test_a_hub_id_from_the_cache(models, tmp_path, monkeypatch, family):
+def test_a_hub_id_from_the_cache(models, put_in_cache, family):
     """Without a network, files that the model has none of are no obstacle."""
-    put_in_cache(models(family), "somebody/tiny", tmp_path, monkeypatch)
+    put_in_cache(models(family), "somebody/tiny")
     here, there = load(models(family)), load("somebody/tiny", local_files_only=True)
     assert all(a.equal(b) for a, b in zip(here.denoiser.parameters(), there.denoiser.parameters(), strict=True))
     assert all(rows.equal(there.conditions.rows[name]) for name, rows in here.conditions.rows.items())
@@ -173,8 +180,11 @@ def test_a_replaced_unet(models, another, tmp_path, part):
     base = shutil.copytree(models("stable_diffusion"), tmp_path / "base")
     for path in (*base.glob("*/diffusion_pytorch_model.safetensors"), *base.glob("*/model.safetensors")):
         path.rename(path.with_suffix(".fp16.safetensors"))  # a variant of the base, which the other repository has none of
-    model = load(base, PROMPTS, denoiser_name_or_path=str(folder / part), variant="fp16")
-    assert all(a.equal(b) for a, b in zip(model.denoiser.parameters(), unet.parameters(), strict=True))
+    for _ in range(2):
+        model = load(base, PROMPTS, denoiser_name_or_path=str(folder / part), variant="fp16")
+        assert all(a.equal(b) for a, b in zip(model.denoiser.parameters(), unet.parameters(), strict=True))
+        for path in folder.glob("unet/*.safetensors"):
+            path.rename(path.with_suffix(".fp16.safetensors"))  # now it has that variant too, and nothing else
 
 
 def test_a_replaced_unet_from_a_single_file(models, another, tmp_path):
@@ -185,7 +195,7 @@ def test_a_replaced_unet_from_a_single_file(models, another, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl", "cogvideox"])
-def test_a_lora_is_merged_into_the_base(models, tmp_path, monkeypatch, family):
+def test_a_lora_is_merged_into_the_base(models, tmp_path, put_in_cache, family):
     pipeline = DiffusionPipeline.from_pretrained(models(family))
     plain = load(models(family), PROMPTS)
     denoiser = getattr(pipeline, plain.family.component)
@@ -208,7 +218,7 @@ def test_a_lora_is_merged_into_the_base(models, tmp_path, monkeypatch, family):
     name, weight = next((name, weight) for name, weight in half.denoiser.named_parameters() if "to_q.weight" in name)
     whole, theta = (dict(each.denoiser.named_parameters())[name] for each in (model, plain))
     torch.testing.assert_close(weight - theta, 0.5 * (whole - theta))
-    put_in_cache(lora, "somebody/negative", tmp_path, monkeypatch)
+    put_in_cache(lora, "somebody/negative")
     for origin in (lora, "somebody/negative"):
         negative = load_negative(origin, plain)
         assert all(a.equal(b) for a, b in zip(negative.parameters(), model.denoiser.parameters(), strict=True))

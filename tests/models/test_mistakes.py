@@ -1,16 +1,21 @@
 """What users get wrong with real models: one sentence, exit code 2, and nothing written."""
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import tiny
 from commands import call
 from original_format import save_single_file
+from selfnpo.errors import UserError
+from selfnpo.models import ModelOptions, Source
 
 SHORT = ("--max_train_steps", 2, "--train_batch_size", 1, "--pool_size", 1, "--num_inference_steps", 10)
 
@@ -69,13 +74,19 @@ BREAKAGES = {
         lambda f: edit(f / "scheduler" / "scheduler_config.json", _class_name="MyScheduler"),
         "is MyScheduler, which diffusers does not know",
     ),
-    "pickled weights": (
-        lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").rename(f / "unet" / "diffusion_pytorch_model.bin"),
-        'in a format that can run code when it is opened; convert them once: python -c "from diffusers import',
+    "noise of another kind": (
+        lambda f: edit(f / "scheduler" / "scheduler_config.json", _class_name="EDMEulerScheduler"),
+        "EDMEulerScheduler has no alphas_cumprod to derive noise levels from; expected a model with a DDPM-like scheduler",
+    ),
+    "weights of a variant": (
+        lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").rename(
+            f / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+        ),
+        "unet holds no weights without a variant; pass --variant fp16",
     ),
     "pickled text encoder": (
         lambda f: (f / "text_encoder" / "model.safetensors").rename(f / "text_encoder" / "pytorch_model.bin"),
-        'convert them once: python -c "from transformers import CLIPTextModel',
+        "text_encoder holds weights in a format that can run code when it is opened; convert them once: python -c",
     ),
     "unknown family": (
         lambda f: edit(f / "unet" / "config.json", _class_name="UNet3DConditionModel"),
@@ -100,6 +111,52 @@ def test_incomplete_and_foreign_models(models, refused, tmp_path, breakage):
     damage, sentence = BREAKAGES[breakage]
     damage(folder)
     refused(folder, sentence)
+
+
+def pickle(folder: Path) -> None:
+    """Weights as older repositories hold them."""
+    for file in folder.rglob("*.safetensors"):
+        name = "pytorch_model.bin" if file.stem == "model" else f"{file.stem}.bin"
+        torch.save(load_file(file), file.with_name(name))
+        file.unlink()
+
+
+def test_pickled_weights_are_refused_with_the_command_that_converts_them(models, refused, tmp_path, put_in_cache):
+    folder = shutil.copytree(models("stable_diffusion"), tmp_path / "model")
+    pickle(folder)
+    refused(folder, f"and use {folder}-safetensors")
+    refused(models("stable_diffusion"), "import UNet2DConditionModel as C", "--denoiser_name_or_path", folder)
+    with pytest.raises(UserError) as refusal:
+        Source(ModelOptions(str(folder))).denoiser(torch.float32)
+    exec(re.search(r'python -c "(.*)"', str(refusal.value))[1])
+    converted = Source(ModelOptions(f"{folder}-safetensors")).denoiser(torch.float32)
+    original = Source(ModelOptions(str(models("stable_diffusion")))).denoiser(torch.float32)
+    assert all(a.equal(b) for a, b in zip(converted.parameters(), original.parameters(), strict=True))
+
+    put_in_cache(folder, "somebody/pickled")
+    refused("somebody/pickled", "C.from_pretrained('somebody/pickled').save_pretrained('pickled-safetensors')")
+
+
+def test_a_variant_that_is_not_there(models, refused):
+    refused(models("stable_diffusion"), "holds no weights of the variant fp16; leave --variant out", "--variant", "fp16")
+
+
+def test_an_autoencoder_of_another_kind(models, refused, tmp_path):
+    folder = shutil.copytree(models("unconditional"), tmp_path / "model")
+    (folder / "vqvae").mkdir()
+    (folder / "vqvae" / "config.json").write_text("{}")
+    refused(folder, "has a vqvae, which is not supported; expected a model on pixels or with a vae")
+
+
+def test_noise_of_exploding_variance(models, refused, tmp_path):
+    folder = shutil.copytree(models("unconditional"), tmp_path / "model")
+    edit(folder / "scheduler" / "scheduler_config.json", _class_name="ScoreSdeVeScheduler")
+    refused(folder, "ScoreSdeVeScheduler has no alphas_cumprod")
+
+
+def test_an_extra_that_is_not_installed(models, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    refused(models("stable_diffusion"), "run pip install 'selfnpo[bitsandbytes]'", "--use_8bit_adam")
 
 
 def test_a_unet_alone_is_no_model(models, refused):

@@ -145,5 +145,6 @@ def test_presets_follow_the_family(folder, name, preset):
     if preset == "released":
         assert (config.rollout, config.loss, config.reference_decay) == ("data", "huber", 0.999)
         assert config.rollout_guidance_scale == (-4.0 if name == "STABLE_DIFFUSION_XL" else 0.0)
+        assert config.adam_weight_decay == (0.0 if name == "STABLE_DIFFUSION_XL" else 1e-3)
     lora = parse_config(["--pretrained_model_name_or_path", str(folder), "--network_dim", "8", "--seed", "3"])
     assert (lora.rank, lora.learning_rate, lora.train_batch_size) == (8, 1e-4, expected[name][0])

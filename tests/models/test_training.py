@@ -1,6 +1,7 @@
 """Training on every family, full weights and LoRA: it learns, resumes exactly, and saves what plain diffusers loads."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from selfnpo.config import TrainConfig, dtype_of
 from selfnpo.data import read_data
 from selfnpo.models import ModelOptions, Source, load_negative, load_pretrained
+from selfnpo.optimizer import moment_bytes
 from selfnpo.results import save_negative
 from selfnpo.train import load_base
 from selfnpo.trainer import Trainer
@@ -175,6 +177,29 @@ def test_low_precision_trains_near_float32(models, precision, rank):
     assert state.relative_delta() == pytest.approx(exact.state.relative_delta(), rel=0.2)
 
 
+def test_moments_in_8_bits(models, tmp_path):
+    config = settings(models("stable_diffusion"))
+    exact, rough = start(config), start(replace(config, use_8bit_adam=True), tmp_path)
+    rough.run()
+    while exact.state.step < 4:
+        exact.train_step()
+    assert rough.state.relative_delta() == pytest.approx(exact.state.relative_delta(), rel=0.1)
+    names = ("state1", "state2", "absmax1", "absmax2", "exp_avg", "exp_avg_sq")
+    for trainer in (exact, rough):
+        moments = [tensor for name, tensor in trainer.state.tensors().items() if name.endswith(names)]
+        counted = sum(moment_bytes(trainer.config, parameter) for parameter in trainer.parameters)
+        assert sum(tensor.nbytes for tensor in moments) == counted
+    assert counted < 4 * sum(parameter.numel() for parameter in rough.parameters)  # many are small ones here
+
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed = start(replace(rough.config, resume_from_checkpoint="latest"), tmp_path)
+    assert resumed.state.step == 2
+    resumed.run()
+    one, other = rough.state.tensors(), resumed.state.tensors()
+    assert one.keys() == other.keys()
+    assert all(one[name].equal(other[name]) for name in one)
+
+
 def test_an_overflow_in_float16_leaves_the_step_out(models, tmp_path):
     trainer = start(settings(models("stable_diffusion"), rank=2, mixed_precision="fp16"), tmp_path)
     trainer.state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
@@ -245,6 +270,16 @@ def test_lora_files_for_diffusers_and_for_comfyui(models, tmp_path, family):
         } <= header.keys()
     with safe_open(folder / "negative_kohya.safetensors", framework="pt") as file:
         assert (file.metadata()["ss_network_dim"], file.metadata()["ss_network_alpha"]) == ("2", "6.0")
+
+
+@pytest.mark.parametrize(("rollout", "used"), [("pool", 4 + 1), ("fresh", 2 * 4)])
+def test_no_more_prompts_are_encoded_than_can_be_drawn(models, tmp_path, capsys, rollout, used):
+    (tmp_path / "prompts.txt").write_text("".join(f"cat number {number}\n" for number in range(100)))
+    config = settings(models("stable_diffusion"), prompts=str(tmp_path / "prompts.txt"), rollout=rollout)
+    prompts = read_data(config, Source(config)).prompts
+    assert prompts == [f"cat number {index * 100 // used}" for index in range(used)]
+    assert f"note: {used} of the 100 prompts are used" in capsys.readouterr().out
+    assert len(read_data(replace(config, max_train_steps=1000), Source(config)).prompts) == 100
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion", "unconditional"])

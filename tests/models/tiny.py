@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import sentencepiece
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -28,7 +29,8 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )  # fmt: skip
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -40,6 +42,7 @@ from transformers import (
     T5Tokenizer,
 )  # fmt: skip
 
+CHARACTERS = ["▁", *(chr(code) for code in range(33, 127))]
 WIDTH, SECOND_WIDTH = 32, 24  # of text encoders; single files tell SDXL's two by it
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -107,8 +110,7 @@ def stable_diffusion_xl(folder: Path) -> None:
 
 
 def cogvideox(folder: Path, rotary: bool = False) -> None:
-    words = ["<pad>", "</s>", "<unk>", "▁", *(chr(code) for code in range(33, 127))]
-    tokenizer = T5Tokenizer(vocab=[(word, -float(number)) for number, word in enumerate(words)], extra_ids=0)
+    tokenizer = T5Tokenizer(vocab=[(word, 0.0) for word in ("<pad>", "</s>", "<unk>", *CHARACTERS)], extra_ids=0)
     text = T5Config(
         vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, d_ff=WIDTH, num_layers=1, num_heads=2, is_encoder_decoder=False
     )
@@ -181,7 +183,23 @@ def save(family: str, folder: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         FAMILIES[family](folder)
+    for file in folder.glob("*/tokenizer.json"):
+        as_published(file)
     return folder
+
+
+def as_published(file: Path) -> None:
+    """The files that repositories have in place of a tokenizer.json, which is younger than most of them."""
+    tokenizer = Tokenizer.from_file(str(file))
+    file.unlink()
+    if isinstance(tokenizer.model, BPE):
+        tokenizer.model.save(str(file.parent))
+        return
+    with (file.parent / "spiece.model").open("wb") as writer:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["".join(CHARACTERS[1:])]), model_writer=writer, model_type="char",
+            vocab_size=len(CHARACTERS) + 3, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
