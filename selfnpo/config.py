@@ -189,7 +189,7 @@ def parse_config(args: Sequence[str] | None = None) -> TrainConfig:
     """The settings of a command line: preset, then --config file, then flags. Opens the model's configuration, on which the
     values of a preset depend."""
     given = parse(TrainConfig, args)
-    from_file = [] if given.config is None else _flags(given.config)
+    from_file = [] if given.config is None else as_flags(_read(given.config))  # so that both are checked alike
     try:
         in_file = parse(TrainConfig, from_file)
     except SystemExit:
@@ -218,20 +218,24 @@ def dtype_of(precision: Precision) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[resolve(precision)]
 
 
-def _flags(path: Path) -> list[str]:
-    """A YAML file as command-line flags, so that both are checked alike."""
+def _read(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"config {path} could not be read as YAML: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"config {path} holds no settings; expected lines of 'name: value'")
+    return values
+
+
+def as_flags(values: dict[str, Any]) -> list[str]:
+    """Settings as words of a command line."""
     flags = []
     for name, value in values.items():
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no_{name}")
         else:
-            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            flags += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
     return flags
 
 

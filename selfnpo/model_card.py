@@ -1,12 +1,14 @@
 """The README.md of a trained negative: what it was made from, how, at what cost, and how it is used."""
 
+import shlex
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from selfnpo.config import TrainConfig, to_yaml
-from selfnpo.models import DEMO, Family
+from selfnpo.config import TrainConfig, as_flags, to_yaml
+from selfnpo.models import DEMO, Family, ModelOptions, SampleOptions
 
 _USE = """\
 ## How to use it
@@ -16,7 +18,7 @@ It is no model to sample from: it is what classifier-free guidance steers away f
     eps = (w + 1) eps_base(x, t, prompt) - w eps_negative(x, t, "")
 
 ```
-python -m selfnpo.sample --pretrained_model_name_or_path {base} --negative {negative} \\
+python -m selfnpo.sample {base} --negative {negative} \\
     {prompt}--guidance_scale {scale:g} --num_images 4
 ```
 
@@ -44,7 +46,7 @@ def model_card(
             f"A negative model for `{base}`, fine-tuned on truncated rollouts of the model itself ([Self-NPO]"
             "(https://arxiv.org/abs/2505.11777)): without data beyond those that the settings name, and without a reward.",
             _USE.format(
-                base=base,
+                base=_base(config),
                 negative=config.hub_model_id if config.push_to_hub else config.output_dir / "negative",
                 prompt='--prompt "a lighthouse in a storm" ' if family.takes_prompts else "",
                 scale=scale,
@@ -55,6 +57,14 @@ def model_card(
             f"## Settings\n\n```yaml\n{to_yaml(config)}```\n",
         )
     )
+
+
+def _base(config: TrainConfig) -> str:
+    """The flags that name the same base, at the same size, to another command."""
+    settings = {field.name: getattr(config, field.name) for field in (*fields(ModelOptions), *fields(SampleOptions))}
+    default = asdict(TrainConfig())
+    base = {"pretrained_model_name_or_path": config.pretrained_model_name_or_path}
+    return shlex.join(as_flags(base | {name: value for name, value in settings.items() if value != default[name]}))
 
 
 def _table(values: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Sample grids as PNG."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -31,15 +32,15 @@ def save_comparison(path: Path, panels: list[tuple[str, Tensor]], columns: int, 
     height, width, _ = sheets[0].shape
     rows = -(-len(panels) // 2)
     inches = min(max(11, 2 * width / DPI), 40)  # large images in their own size
-    figure, axes = plt.subplots(
-        rows, 2, figsize=(inches, rows * (inches / 2 * height / width + 0.5) + 0.4), layout="constrained", squeeze=False
-    )
+    lines = textwrap.wrap(caption, int(14 * inches))
+    tall = rows * (inches / 2 * height / width + 0.5) + 0.2 + 0.2 * len(lines)
+    figure, axes = plt.subplots(rows, 2, figsize=(inches, tall), layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (title, _), sheet in zip(axes.flat, panels, sheets, strict=False):
         axis.imshow(sheet.numpy(), interpolation="nearest" if width < 4 * DPI else "auto")
         axis.set_title(title, fontsize=12)
-    figure.supxlabel(caption, fontsize=10, color="0.35")
+    figure.supxlabel("\n".join(lines), fontsize=10, color="0.35")
     save_figure(figure, path)
 
 

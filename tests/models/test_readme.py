@@ -54,6 +54,10 @@ def test_training(models, arguments, capsys):
         assert names == {"README.md", "pytorch_lora_weights.safetensors"} | kohya
     assert list((output / "samples").glob("step-*.png"))
     assert capsys.readouterr().out.startswith("memory plan: ")
+    if "--denoiser_name_or_path" in arguments:  # the card knows what base that makes
+        card = re.search(r"python -m selfnpo.sample (.*?)```", (output / "negative" / "README.md").read_text(), re.DOTALL)[1]
+        assert f"--denoiser_name_or_path {models('stable_diffusion')} --negative {output / 'negative'}" in card
+        assert call("sample", *shlex.split(card.replace("\\\n", "")), "--num_inference_steps", 10) == 0
     if output.name in " ".join(SAMPLE):
         assert call("sample", *on_tiny_models(models, SAMPLE), "--num_inference_steps", 10) == 0
         assert Path("samples.png").is_file()
