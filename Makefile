@@ -9,7 +9,7 @@ NATIVE = $(wildcard csrc/*.* csrc/*/*.* tests/kernels/*.cu tests/kernels/cuda_on
 
 demo: $(VENV)/installed  ## train a negative model for the embedded demo, show and judge what it does
 	$(BIN)/python -m selfnpo.train --output_dir $(RUNS)/demo --overwrite
-	$(BIN)/python -m selfnpo.sample --negative $(RUNS)/demo/negative --output $(RUNS)/demo/samples.png --overwrite
+	$(BIN)/python -m selfnpo.sample --negative $(RUNS)/demo/negative --guidance_scale 3 --output $(RUNS)/demo/samples.png --overwrite
 	$(BIN)/python -m selfnpo.evaluate --arms self-npo --num_samples 1000 --guidance_scales 2 3 \
 		--output_dir $(RUNS)/demo/evaluation --overwrite
 

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from selfnpo.cli import parse, run
-from selfnpo.config import Precision, dtype_of
+from selfnpo.config import Precision, dtype_of, preset_config
 from selfnpo.decode import decode_samples
 from selfnpo.errors import UserError
-from selfnpo.merge import mix
+from selfnpo.merge import mix_
 from selfnpo.models import ModelOptions, SampleOptions, Source, load_negative, load_pretrained
 from selfnpo.picture import save_comparison
 from selfnpo.sampling import ddim_sample, start_noise
@@ -30,12 +31,12 @@ class SampleConfig(SampleOptions, ModelOptions):
     """Share of eta in the negative: theta + alpha eta + beta delta."""
     beta: float = 1.0
     """Share of delta in the negative."""
-    guidance_scale: float = 3.0
-    """w + 1 in eps = (w + 1) eps_pos - w eps_neg."""
-    num_images: int = 80
-    """Images per panel."""
-    batch_size: int = 80
-    """Images per forward pass."""
+    guidance_scale: float | None = None
+    """w + 1 in eps = (w + 1) eps_pos - w eps_neg; by default the family's usual one."""
+    num_images: int | None = None
+    """Images per panel; by default 80 of the demo, 4 of other models."""
+    batch_size: int | None = None
+    """Images per forward pass; by default as many as a training step of the family has."""
     mixed_precision: Precision = "auto"
     """Arithmetic of the networks; auto is bf16 on GPUs that have it and no (float32) elsewhere."""
     num_inference_steps: int = 25
@@ -56,10 +57,12 @@ def check(config: SampleConfig) -> None:
         ("batch_size", 1, 10_000),
         ("seed", 0, 2**63 - 1),
     ):
-        if not low <= getattr(config, name) <= high:
-            raise UserError(f"{name} is {getattr(config, name)}; expected a value from {low} to {high}")
-    if not 1 < config.guidance_scale <= 100:
-        raise UserError(f"guidance_scale is {config.guidance_scale}; expected a value above 1, where the negative has a say")
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{name} is {value}; expected a value from {low} to {high}")
+    scale = config.guidance_scale
+    if scale is not None and not 1 < scale <= 100:
+        raise UserError(f"guidance_scale is {scale}; expected a value above 1, where the negative has a say")
     if config.output.suffix != ".png":
         raise UserError(f"output is {config.output}; expected a file name that ends in .png")
     if config.output.exists() and not config.overwrite:
@@ -70,26 +73,33 @@ def check(config: SampleConfig) -> None:
 
 def main(config: SampleConfig) -> None:
     check(config)
-    make_grid(Source(config).scheduler, config.num_inference_steps)  # refused before anything lasts
-    base = load_pretrained(config, config, further_prompts=config.prompt, dtype=dtype_of(config.mixed_precision))
-    trained = load_negative(config.negative, base)
-    positive = load_negative(config.positive, base) if config.positive else None
-    negative = mix(base.denoiser, trained, positive, config.alpha, config.beta)
+    source, steps = Source(config), config.num_inference_steps
+    make_grid(source.scheduler, steps)  # refused before anything lasts
+    scale = config.guidance_scale or source.family.guidance_scale
+    num_images = config.num_images or (80 if source.is_demo else 4)
+    batch_size = config.batch_size or preset_config("default", source.family.presets).train_batch_size
+    # In float32 on the host until they are mixed: no more than what samples lies on a GPU.
+    dtype, host = dtype_of(config.mixed_precision), torch.device("cpu")
+    base = load_pretrained(config, config, further_prompts=config.prompt, dtype=dtype, weights_device=host)
+    negative = load_negative(config.negative, base)
+    tuned = load_negative(config.positive, base) if config.positive else None
+    mix_(negative, base.denoiser, tuned, config.alpha, config.beta)
+    positive = tuned or base.denoiser
+    for model in (negative, positive):
+        nn.Module.to(model, base.device, dtype)
     asked = base.asked(len(config.prompt))
-    condition = asked[torch.arange(config.num_images) % len(asked)]
-    noise = start_noise(base, config.num_images, config.seed)
-    steps, batch_size = config.num_inference_steps, config.batch_size
+    condition = asked[torch.arange(num_images) % len(asked)]
+    noise = start_noise(base, num_images, config.seed)
     samples = [
-        ddim_sample(base, noise, condition, config.guidance_scale, model, positive, steps, batch_size)
-        for model in (positive, negative)
+        ddim_sample(base, noise, condition, scale, model, positive, steps, batch_size) for model in (positive, negative)
     ]
     plain, guided = decode_samples(base, torch.cat(samples)).chunk(2)
-    w = config.guidance_scale - 1
+    w = scale - 1
     panels = [
         (f"plain guidance (CFG), w = {w:g}", plain),
         (f"negative model, w = {w:g}, beta = {config.beta:g}", guided),
     ]
-    is_video = len(plain) > config.num_images  # a row of frames each
+    is_video = len(plain) > num_images  # a row of frames each
     columns = 4 if is_video or len(asked) == 1 else min(len(asked), 10)
     caption = f"{config.negative}; equal positions start from equal noise"
     save_comparison(config.output, panels, min(columns, len(plain)), caption)

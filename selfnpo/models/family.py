@@ -130,6 +130,21 @@ class Family(ABC):
         return denoiser(sample, timesteps, return_dict=False, **conditions)[0]
 
 
+def image_size(config: Config, scale: int, options: SampleOptions) -> tuple[int, int]:
+    """(height, width) in pixels: what `options` say, or what the model was trained for.
+
+    Raises:
+        UserError: neither says it.
+    """
+    trained = config["sample_size"]
+    if trained is None:
+        if (size := options.size(0, 0)) and all(size):
+            return size
+        raise UserError("the model's configuration names no sample_size; pass --resolution")
+    height, width = trained if isinstance(trained, (tuple, list)) else (trained, trained)
+    return options.size(height * scale, width * scale)
+
+
 def multiple(name: str, value: int, of: int) -> None:
     """Raises: UserError unless `value` is a positive multiple."""
     if value < of or value % of:

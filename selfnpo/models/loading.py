@@ -49,6 +49,7 @@ def load_pretrained(
         UserError: a part is missing, unreachable, corrupt or of another kind, or a size that the model cannot have.
     """
     source, sizes, device = Source(options or ModelOptions()), sizes or SampleOptions(), device or default_device()
+    source.check_vae()
     sample_shape = source.family.sample_shape(source.config, source.scale, sizes)
     scheduler = source.scheduler
     conditions = _conditions(source, sample_shape, sizes, prompts, further_prompts, device, dtype, stream_conditions)
@@ -61,7 +62,8 @@ def default_device() -> torch.device:
 
 
 def load_negative(name_or_path: str | Path, base: PretrainedModel) -> ModelMixin:
-    """A trained negative: a denoiser of the base's architecture, or a LoRA merged into the base; a folder or a hub id.
+    """A trained negative in float32 where the base lies: a denoiser of the base's architecture, or a LoRA merged into the
+    base; a folder or a hub id.
 
     Raises:
         UserError: it is missing, corrupt or of another architecture.
@@ -73,7 +75,7 @@ def load_negative(name_or_path: str | Path, base: PretrainedModel) -> ModelMixin
     else:
         negative = source.denoiser(dtype)  # with the base's own LoRA, on which this one was trained
         merge_lora(negative, source.family, options, dtype)
-    return negative.to(base.device)
+    return negative.to(next(base.denoiser.parameters()).device)
 
 
 def _conditions(

@@ -55,13 +55,17 @@ def find(origin: str, filename: str, options: ModelOptions) -> Path | None:
     try:
         return Path(hf_hub_download(origin, filename, revision=options.revision, local_files_only=options.local_files_only))
     except LocalEntryNotFoundError as error:
-        if (options.local_files_only or constants.HF_HUB_OFFLINE) and _cached(origin):
+        if offline(options) and _cached(origin):
             return None
         raise unreachable(origin, error) from error
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise unreachable(origin, error) from error
+
+
+def offline(options: ModelOptions) -> bool:
+    return options.local_files_only or constants.HF_HUB_OFFLINE
 
 
 def _cached(origin: str) -> bool:
@@ -136,7 +140,7 @@ def _files(origin: str, subfolder: str, options: ModelOptions) -> list[str]:
     """Names of the files in a part of a model, here or on the hub; where that cannot be asked, of those fetched from it."""
     folder = Path(origin) / subfolder
     if not Path(origin).is_dir():
-        if not (options.local_files_only or constants.HF_HUB_OFFLINE):
+        if not offline(options):
             with suppress(HfHubHTTPError, HFValidationError, OSError, ValueError):
                 paths = map(PurePosixPath, HfApi().list_repo_files(origin, revision=options.revision))
                 return [path.name for path in paths if path.parent == PurePosixPath(subfolder)]

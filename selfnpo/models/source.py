@@ -27,6 +27,7 @@ from selfnpo.models.origin import (
     SINGLE_FILE,
     ModelOptions,
     find,
+    offline,
     recognise,
     refuse_unsafe,
     weight_variants,
@@ -64,9 +65,19 @@ class Source:
             self.layout = str(DEMO_FOLDER) if self.is_demo else name
         else:
             self.layout = options.single_file_config or recognise(self.file)
-        self.component, self.subfolder, self.config = self._find_denoiser()
+        try:
+            self.component, self.subfolder, self.config = self._find_denoiser()
+        except UserError as error:
+            if self.file is None or options.single_file_config is not None:
+                raise
+            raise UserError(
+                f"{self.file} needs the configuration of {self.layout}, which could not be read; name a diffusers folder "
+                f"that has the like in --single_file_config ({error})"
+            ) from error
         self.family = self._find_family()
         self.family.check(self.config)
+        if self.file is not None:
+            self._check_single_file(self.file)
 
     def _find_denoiser(self) -> tuple[str, str, Config]:
         """Name in the pipeline, folder and configuration of the denoiser."""
@@ -134,9 +145,20 @@ class Source:
             raise UserError(f"{self.layout} has a vqvae, which is not supported; expected a model on pixels or with a vae")
         return 1 if config is None else 2 ** (len(config["block_out_channels"]) - 1)
 
+    @property
+    def has_vae(self) -> bool:
+        return self._json("vae/config.json") is not None
+
+    def check_vae(self) -> None:
+        """Raise a UserError now where pictures could not be decoded later; of the hub it is assumed that they can."""
+        is_here = self.file is None and (Path(self.layout).is_dir() or offline(self.options))
+        if is_here and self.has_vae and not weight_variants(self.layout, "vae", self.options):
+            why = why_not_loaded(self.layout, "vae", self.options, "DiffusionPipeline")
+            raise UserError(why or f"{self.layout} holds no weights of its vae; expected a complete pipeline")
+
     def vae(self) -> ModelMixin | None:
         """The autoencoder in float32, or None for models in pixel space."""
-        if self._json("vae/config.json") is None:
+        if not self.has_vae:
             return None
         return self.pipeline(("vae",), torch.float32).vae.eval().requires_grad_(False)
 
@@ -216,12 +238,16 @@ class Source:
             raise UserError(f"{origin} holds weights that are inf or NaN; restore them from an intact copy")
         return model
 
-    def _from_single_file(self, file: Path, dtype: torch.dtype) -> ModelMixin:
+    def _check_single_file(self, file: Path) -> None:
         kind = self.family.denoiser_class
         if not hasattr(kind, "from_single_file"):
             raise UserError(
                 f"{file} is a single file, which diffusers does not read for {kind.__name__}; use a diffusers folder"
             )
+
+    def _from_single_file(self, file: Path, dtype: torch.dtype) -> ModelMixin:
+        self._check_single_file(file)
+        kind = self.family.denoiser_class
         return kind.from_single_file(
             str(file), config=self.layout, subfolder=self.subfolder, torch_dtype=dtype,
             local_files_only=self.options.local_files_only,

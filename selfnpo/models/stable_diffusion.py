@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from selfnpo.errors import UserError
-from selfnpo.models.family import Config, Family, SampleOptions, multiple
+from selfnpo.models.family import Config, Family, SampleOptions, image_size, multiple
 
 # The released script's values; the defaults of the method were measured on small models only, so these keep its optimizer.
 RELEASED = {
@@ -44,7 +44,7 @@ class StableDiffusion(Family):
                 )
 
     def sample_shape(self, config: Config, scale: int, options: SampleOptions) -> tuple[int, ...]:
-        height, width = options.size(config["sample_size"] * scale, config["sample_size"] * scale)
+        height, width = image_size(config, scale, options)
         for name, value in (("height", height), ("width", width)):
             multiple(name, value, scale)
         return config["in_channels"], height // scale, width // scale

@@ -5,7 +5,7 @@ from typing import ClassVar
 from diffusers import UNet2DModel
 
 from selfnpo.errors import UserError
-from selfnpo.models.family import Config, Family, SampleOptions, multiple
+from selfnpo.models.family import Config, Family, SampleOptions, image_size, multiple
 
 
 class Unconditional(Family):
@@ -25,9 +25,7 @@ class Unconditional(Family):
             raise UserError("the UNet2DModel takes class labels, which only DiT models may do here")
 
     def sample_shape(self, config: Config, scale: int, options: SampleOptions) -> tuple[int, ...]:
-        size = config["sample_size"]
-        trained = size if isinstance(size, (tuple, list)) else (size, size)
-        height, width = options.size(*(side * scale for side in trained))
+        height, width = image_size(config, scale, options)
         step = scale * 2 ** (len(config["block_out_channels"]) - 1)  # every level halves, and nothing pads
         for name, value in (("height", height), ("width", width)):
             multiple(name, value, step)

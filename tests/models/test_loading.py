@@ -19,7 +19,7 @@ import tiny
 from original_format import save_single_file
 from selfnpo.decode import decode_samples
 from selfnpo.errors import UserError
-from selfnpo.models import ModelOptions, SampleOptions, load_negative, load_pretrained
+from selfnpo.models import ModelOptions, SampleOptions, Source, load_negative, load_pretrained
 from selfnpo.sampling import ddim_sample, start_noise
 
 PROMPTS = ["a lighthouse in a storm", "two cats"]
@@ -133,6 +133,16 @@ def test_sdxl_has_zeros_for_the_null_prompt_where_its_pipeline_has(models, tmp_p
     model = load(models("stable_diffusion_xl"))
     assert not model.conditions.rows["encoder_hidden_states"][model.null_condition].any()
     assert model.conditions.rows["encoder_hidden_states"][0].any()  # the prompt "" that was asked for is another thing
+
+
+def test_a_size_of_two_sides_and_none(models, tmp_path):
+    folder = shutil.copytree(models("stable_diffusion"), tmp_path / "model")
+    path = folder / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    for size, sizes, shape in (((8, 16), SampleOptions(), (4, 8, 16)), (None, SampleOptions(resolution=96), (4, 12, 12))):
+        path.write_text(json.dumps(config | {"sample_size": size}))
+        source = Source(ModelOptions(str(folder)))
+        assert source.family.sample_shape(source.config, source.scale, sizes) == shape
 
 
 def test_frames_and_size_of_videos(models):

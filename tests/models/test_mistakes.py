@@ -64,6 +64,14 @@ BREAKAGES = {
         lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").unlink(),
         "could not be loaded as a UNet2DConditionModel in safetensors",
     ),
+    "no weights of the autoencoder": (
+        lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors").unlink(),
+        "holds no weights of its vae; expected a complete pipeline",
+    ),
+    "no size": (
+        lambda f: edit(f / "unet" / "config.json", sample_size=None),
+        "the model's configuration names no sample_size; pass --resolution",
+    ),
     "no text encoder": (lambda f: shutil.rmtree(f / "text_encoder"), "tokenizer, text_encoder of"),
     "no text encoder named": (
         lambda f: edit(f / "model_index.json", text_encoder=[None, None]),
@@ -172,6 +180,8 @@ def test_single_files(models, refused, tmp_path):
     part.write_bytes(file.read_bytes()[:1000])
     refused(part, "could not be", "--single_file_config", models("stable_diffusion"))
     refused(part, "could not be recognised as a diffusion model; name a diffusers folder")
+    refused(file, "needs the configuration of stable-diffusion-v1-5/stable-diffusion-v1-5, which could not be read; name a")
+    refused(file, "which diffusers does not read for CogVideoX", "--single_file_config", models("cogvideox"))
 
 
 @pytest.mark.parametrize(
