@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -17,6 +18,10 @@ def test_the_wheel_holds_the_extension_and_the_demo_without_network_or_torch(tmp
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "*.so"))
     (source / "hide" / "torch").mkdir(parents=True)
     (source / "hide" / "torch" / "__init__.py").write_text("raise ImportError('the build must not import torch')")
+    # An earlier installation leaves the path of a ninja behind that went with its environment.
+    stale = source / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "cmake" / "CMakeCache.txt"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("CMAKE_GENERATOR:INTERNAL=Ninja\nCMAKE_MAKE_PROGRAM:FILEPATH=/gone/ninja\n")
     build = [
         sys.executable,
         "-m",
