@@ -2,8 +2,8 @@
 
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import tyro
@@ -26,6 +26,17 @@ def parse(config_type: type[Config], args: Sequence[str] | None = None, default:
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{error}; unset SELFNPO_BACKEND or set it to another one") from error
     return config
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """Settings as words of a command line, which `parse` reads back."""
+    flags = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            flags += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return flags
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -15,7 +15,7 @@ import torch
 import yaml
 from tyro.conf import arg
 
-from selfnpo.cli import parse
+from selfnpo.cli import as_flags, parse
 from selfnpo.errors import UserError, first_line
 from selfnpo.models import ModelOptions, SampleOptions, Source
 
@@ -226,17 +226,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"config {path} holds no settings; expected lines of 'name: value'")
     return values
-
-
-def as_flags(values: dict[str, Any]) -> list[str]:
-    """Settings as words of a command line."""
-    flags = []
-    for name, value in values.items():
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no_{name}")
-        else:
-            flags += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    return flags
 
 
 def check(config: TrainConfig) -> TrainConfig:

@@ -1,6 +1,7 @@
 """python -m selfnpo.evaluate: what negative models change on the demo, over a sweep of w, with baselines and errors."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from diffusers import ModelMixin
 
 from selfnpo.checkpoint import write_text
-from selfnpo.cli import parse, run
+from selfnpo.cli import as_flags, parse, run
 from selfnpo.config import TrainConfig
 from selfnpo.env import cpu_name, describe
 from selfnpo.errors import UserError
@@ -94,12 +95,9 @@ def fine_tune(settings: TrainConfig, base: PretrainedModel, rollout: ShuffledLab
 
 def command(config: EvaluateConfig) -> str:
     """The command line that means `config`."""
-    flags = []
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if value != field.default and field.name not in ("output_dir", "overwrite"):
-            flags.append(f"--{field.name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
-    return " ".join(("python -m selfnpo.evaluate", *flags))
+    changed = (field.name for field in fields(config) if getattr(config, field.name) != field.default)
+    flags = as_flags({name: getattr(config, name) for name in changed if name not in ("output_dir", "overwrite")})
+    return shlex.join(("python", "-m", "selfnpo.evaluate", *flags))
 
 
 def save(config: EvaluateConfig, evaluation: Evaluation) -> str:

@@ -1,13 +1,14 @@
 """The README.md of a trained negative: what it was made from, how, at what cost, and how it is used."""
 
 import shlex
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from selfnpo.config import TrainConfig, as_flags, to_yaml
+from selfnpo.cli import as_flags
+from selfnpo.config import TrainConfig, to_yaml
 from selfnpo.models import DEMO, Family, ModelOptions, SampleOptions
 
 _USE = """\
@@ -61,10 +62,11 @@ def model_card(
 
 def _base(config: TrainConfig) -> str:
     """The flags that name the same base, at the same size, to another command."""
-    settings = {field.name: getattr(config, field.name) for field in (*fields(ModelOptions), *fields(SampleOptions))}
-    default = asdict(TrainConfig())
-    base = {"pretrained_model_name_or_path": config.pretrained_model_name_or_path}
-    return shlex.join(as_flags(base | {name: value for name, value in settings.items() if value != default[name]}))
+    flags = {"pretrained_model_name_or_path": config.pretrained_model_name_or_path}
+    for field in (*fields(ModelOptions), *fields(SampleOptions)):
+        if getattr(config, field.name) != field.default:
+            flags[field.name] = getattr(config, field.name)
+    return shlex.join(as_flags(flags))
 
 
 def _table(values: dict[str, Any]) -> str:

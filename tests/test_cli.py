@@ -66,6 +66,31 @@ def test_flags_beat_the_file_and_the_file_beats_the_preset(tmp_path):
     assert parse_config(["--preset", "released"]).rollout == "data"
 
 
+@pytest.mark.parametrize(
+    ("alias", "name", "value"),
+    [
+        ("pretrained_teacher_model", "pretrained_model_name_or_path", str(DEMO_FOLDER)),
+        ("teacher_revision", "revision", "main"),
+        ("base_weights", "lora_name_or_path", "lora"),
+        ("base_weights_multiplier", "lora_scale", 0.5),
+        ("resume", "resume_from_checkpoint", "latest"),
+        ("network_dim", "rank", 8),
+        ("lora_rank", "rank", 8),
+        ("network_alpha", "lora_alpha", 4.0),
+        ("num_ddim_timesteps", "num_inference_steps", 50),
+        ("proportion_empty_prompts", "condition_dropout", 0.5),
+        ("caption_dropout_rate", "condition_dropout", 0.5),
+        ("loss_type", "loss", "huber"),
+        ("sample_every_n_steps", "validation_steps", 7),
+        ("save_every_n_steps", "checkpointing_steps", 7),
+        ("log_with", "report_to", "tensorboard"),
+        ("huggingface_repo_id", "hub_model_id", "somebody/negative"),
+    ],
+)
+def test_names_of_other_scripts(alias, name, value):
+    assert getattr(parse_config([f"--{alias}", str(value)]), name) == value
+
+
 def test_the_demo_judges_its_negative_and_shows_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "selfnpo.results.evaluate", lambda *args, num_samples, **kw: evaluate.evaluate(*args, num_samples=200, **kw)

@@ -136,13 +136,12 @@ def image_size(config: Config, scale: int, options: SampleOptions) -> tuple[int,
     Raises:
         UserError: neither says it.
     """
-    trained = config["sample_size"]
-    if trained is None:
-        if (size := options.size(0, 0)) and all(size):
-            return size
-        raise UserError("the model's configuration names no sample_size; pass --resolution")
+    trained = config["sample_size"] or 0
     height, width = trained if isinstance(trained, (tuple, list)) else (trained, trained)
-    return options.size(height * scale, width * scale)
+    size = options.size(height * scale, width * scale)
+    if not all(size):
+        raise UserError("the model's configuration names no sample_size; pass --resolution")
+    return size
 
 
 def multiple(name: str, value: int, of: int) -> None:

@@ -103,15 +103,15 @@ def refuse_unsafe(name: str) -> None:
         )
 
 
-def weight_variant(name: str) -> str | None:
-    """fp16 of diffusion_pytorch_model.fp16.safetensors, None of diffusion_pytorch_model.safetensors."""
-    words = name.removesuffix(SINGLE_FILE).split(".")
-    return words[1].split("-")[0] if len(words) > 1 else None
-
-
 def weight_variants(origin: str, subfolder: str, options: ModelOptions) -> set[str | None]:
-    """The variants in which a part of a model is there in safetensors."""
-    return {weight_variant(name) for name in _files(origin, subfolder, options) if name.endswith(SINGLE_FILE)}
+    """The variants in which a part of a model is there in safetensors; None is the plain weights."""
+    return _variants(_files(origin, subfolder, options))
+
+
+def _variants(names: list[str]) -> set[str | None]:
+    """fp16 of diffusion_pytorch_model.fp16-00001-of-00002.safetensors, None of diffusion_pytorch_model.safetensors."""
+    words = [name.removesuffix(SINGLE_FILE).split(".") for name in names if name.endswith(SINGLE_FILE)]
+    return {each[1].split("-")[0] if len(each) > 1 else None for each in words}
 
 
 def why_not_loaded(origin: str, subfolder: str, options: ModelOptions, converter: str) -> str | None:
@@ -120,12 +120,13 @@ def why_not_loaded(origin: str, subfolder: str, options: ModelOptions, converter
     Args:
         converter: the class of diffusers that opens `origin` and saves it in safetensors.
     """
-    found, where = weight_variants(origin, subfolder, options), f"{origin}/{subfolder}".rstrip("/")
+    names, where = _files(origin, subfolder, options), f"{origin}/{subfolder}".rstrip("/")
+    found = _variants(names)
     if found and options.variant not in found:
         wanted = "without a variant" if options.variant is None else f"of the variant {options.variant}"
         fix = "leave --variant out" if None in found else f"pass --variant {min(found)}"
         return f"{where} holds no weights {wanted}; {fix}"
-    if not found and any(name.endswith(UNSAFE) for name in _files(origin, subfolder, options)):
+    if not found and any(name.endswith(UNSAFE) for name in names):
         part = f", subfolder='{subfolder}'" if subfolder and converter != "DiffusionPipeline" else ""
         folder = f"{origin if Path(origin).is_dir() else Path(origin).name}-safetensors"
         return (

@@ -188,7 +188,9 @@ class Source:
         refuse_unsafe(name)
         options = replace(self.options, revision=None)  # which is the base's
         subfolder = ""
-        if not name.endswith(SINGLE_FILE):
+        if name.endswith(SINGLE_FILE):
+            self._check_single_file(Path(name))
+        else:
             found = find(name, "config.json", options)
             if found is None:
                 subfolder = self.component
@@ -221,8 +223,6 @@ class Source:
                     use_safetensors=True, local_files_only=options.local_files_only, output_loading_info=True,
                     low_cpu_mem_usage=False,
                 )  # fmt: skip
-        except UserError:
-            raise
         except Exception as error:  # diffusers raises many kinds, also from the parsers beneath it
             whole = "DiffusionPipeline" if origin == self.layout else kind.__name__
             why = why_not_loaded(origin, subfolder, options, whole) if isinstance(origin, str) else None
@@ -246,9 +246,7 @@ class Source:
             )
 
     def _from_single_file(self, file: Path, dtype: torch.dtype) -> ModelMixin:
-        self._check_single_file(file)
-        kind = self.family.denoiser_class
-        return kind.from_single_file(
+        return self.family.denoiser_class.from_single_file(
             str(file), config=self.layout, subfolder=self.subfolder, torch_dtype=dtype,
             local_files_only=self.options.local_files_only,
         )  # fmt: skip

@@ -162,6 +162,12 @@ def test_noise_of_exploding_variance(models, refused, tmp_path):
     refused(folder, "ScoreSdeVeScheduler has no alphas_cumprod")
 
 
+def test_steps_are_refused_before_anything_lasts(models, tmp_path, capsys):
+    model = ("--pretrained_model_name_or_path", models("stable_diffusion"), "--output_dir", tmp_path / "out")
+    assert call("train", *model, "--num_inference_steps", 30) == 2
+    assert capsys.readouterr().out == ""  # not even the memory plan, which comes before the weights
+
+
 def test_an_extra_that_is_not_installed(models, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     refused(models("stable_diffusion"), "run pip install 'selfnpo[bitsandbytes]'", "--use_8bit_adam")
