@@ -74,7 +74,7 @@ def load_negative(name_or_path: str | Path, base: PretrainedModel) -> ModelMixin
         negative = source.replacement(name, dtype)
     else:
         negative = source.denoiser(dtype)  # with the base's own LoRA, on which this one was trained
-        merge_lora(negative, source.family, options, dtype)
+        merge_lora(negative, source.family.pipeline_class, source.family.component, options, dtype)
     return negative.to(next(base.denoiser.parameters()).device)
 
 

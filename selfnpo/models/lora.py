@@ -1,30 +1,83 @@
-"""A LoRA merged into a base."""
+"""A LoRA read, in any format that diffusers reads: merged into a base, or as offsets of its layers."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
-from diffusers import ModelMixin
-from torch import nn
+from diffusers import DiffusionPipeline, ModelMixin
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
 from selfnpo.errors import UserError, first_line
-from selfnpo.models.family import Family
 from selfnpo.models.origin import SINGLE_FILE, ModelOptions, find, refuse_unsafe
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
+ADAPTER = "selfnpo"
 
 
-def merge_lora(model: ModelMixin, family: Family, options: ModelOptions, dtype: torch.dtype) -> None:
-    """Add a LoRA, in any format that diffusers reads, to the weights of a denoiser.
+@dataclass(frozen=True)
+class Offset:
+    """What a LoRA adds to the output of one layer: scale * up(down(x))."""
+
+    down: Tensor  # weight of a linear layer or a convolution: [rank, inputs, ...]
+    up: Tensor  # [outputs, rank, ...]
+    scale: float
+
+    def weight(self) -> Tensor:
+        """The same, added to the layer's weight: `[outputs, inputs, ...]`, in float32."""
+        joined = self.up.float().flatten(1) @ self.down.float().flatten(1)
+        return self.scale * joined.unflatten(1, self.down.shape[1:])
+
+
+def merge_lora(
+    model: ModelMixin, pipeline_class: type[DiffusionPipeline], component: str, options: ModelOptions, dtype: torch.dtype
+) -> None:
+    """Add the LoRA of `options`, at its scale, to the weights of a denoiser.
 
     Raises:
         UserError: the LoRA cannot be read, or belongs to another base.
     """
-    name, kind = options.lora_name_or_path, family.pipeline_class
+    _load(model, pipeline_class, component, options)
+    model.fuse_lora(lora_scale=options.lora_scale, safe_fusing=True, adapter_names=[ADAPTER])
+    model.unload_lora()
+    nn.Module.to(model, dtype)  # diffusers' own `to` would warn of modules to keep in float32, of which there are none
+
+
+def read_offsets(
+    empty: ModelMixin, pipeline_class: type[DiffusionPipeline], component: str, options: ModelOptions
+) -> dict[str, Offset]:
+    """The LoRA of `options` by layer: paths as of `named_modules()`.
+
+    Args:
+        empty: the base's denoiser without weights, on the meta device; is used up.
+        component: name of the denoiser in the pipeline.
+
+    Raises:
+        UserError: the LoRA cannot be read, belongs to another base, or is more than a low-rank offset.
+    """
+    name = options.lora_name_or_path
+    for layer in empty.modules():
+        for key, weight in layer.named_parameters(recurse=False):  # peft puts a LoRA where the base is
+            hollow = torch.zeros((), dtype=torch.float32).expand(weight.shape)
+            layer.register_parameter(key, nn.Parameter(hollow, requires_grad=False))
+    _load(empty, pipeline_class, component, options)
+    offsets = {}
+    for path, layer in empty.named_modules():
+        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
+            down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+            if layer.use_dora.get(ADAPTER) or layer.lora_bias.get(ADAPTER):
+                raise UserError(f"{name} is a LoRA with more than low-rank offsets (DoRA or biases); merge it into a model")
+            offsets[path] = Offset(down.weight.detach(), up.weight.detach(), float(layer.scaling[ADAPTER]))
+    return offsets
+
+
+def _load(model: ModelMixin, kind: type[DiffusionPipeline], component: str, options: ModelOptions) -> None:
+    """Put a LoRA into a denoiser as a peft adapter."""
+    name, base = options.lora_name_or_path, options.pretrained_model_name_or_path
     refuse_unsafe(name)
     if not hasattr(kind, "lora_state_dict"):
-        raise UserError(f"lora_name_or_path is {name}, but diffusers has no LoRA for {kind.__name__}")
-    options = replace(options, revision=options.revision if name == options.pretrained_model_name_or_path else None)
-    known = {"unet_config": model.config} if family.component == "unet" else {}
+        raise UserError(f"{name} is a LoRA, but diffusers has no LoRA for {kind.__name__}; expected a whole denoiser")
+    options = replace(options, revision=options.revision if name == base else None)
+    known = {"unet_config": model.config} if component == "unet" else {}
     if not name.endswith(SINGLE_FILE) and find(name, LORA_FILE, options):
         known["weight_name"] = LORA_FILE  # without a network diffusers must be told
     try:
@@ -36,27 +89,20 @@ def merge_lora(model: ModelMixin, family: Family, options: ModelOptions, dtype: 
         alphas = found[1] if len(found) == 3 else None
     except Exception as error:  # diffusers raises many kinds
         raise UserError(f"{name} could not be read as a LoRA in safetensors: {first_line(error)}") from error
-    prefix = f"{family.component}."
+    prefix = f"{component}."
     ours = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
     _check_lora(name, ours, prefix, model)
     if len(ours) < len(state_dict):
-        print(f"note: {name} also changes the text encoder; only its {family.component} part is merged")
+        print(f"note: {name} also changes the text encoder; only its {component} part is used")
     try:
         model.load_lora_adapter(
-            ours,
-            prefix=family.component,
-            network_alphas=None if metadata else alphas,
-            metadata=metadata,
-            adapter_name="merged",
+            ours, prefix=component, network_alphas=None if metadata else alphas, metadata=metadata, adapter_name=ADAPTER
         )
-        model.fuse_lora(lora_scale=options.lora_scale, safe_fusing=True, adapter_names=["merged"])
-        model.unload_lora()
     except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{name} does not fit {options.pretrained_model_name_or_path}: {first_line(error)}") from error
-    nn.Module.to(model, dtype)  # diffusers' own `to` would warn of modules to keep in float32, of which there are none
+        raise UserError(f"{name} does not fit {base}: {first_line(error)}") from error
 
 
-def _check_lora(name: str, state_dict: dict[str, torch.Tensor], prefix: str, model: ModelMixin) -> None:
+def _check_lora(name: str, state_dict: dict[str, Tensor], prefix: str, model: ModelMixin) -> None:
     if not state_dict:
         raise UserError(f"{name} holds nothing for the {prefix.rstrip('.')}; expected a LoRA of this family")
     layers = dict(model.named_modules())

@@ -5,14 +5,12 @@ No code comes with a model: weights are safetensors, classes are diffusers' own.
 
 import inspect
 import json
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from packaging.version import Version
 from torch import nn
@@ -21,6 +19,14 @@ from selfnpo.errors import UserError, first_line
 from selfnpo.models.class_conditional import ClassConditional
 from selfnpo.models.cogvideox import CogVideoX
 from selfnpo.models.demo import DEMO, DEMO_FOLDER
+from selfnpo.models.denoiser import (
+    check_complete,
+    check_single_file,
+    empty_denoiser,
+    load_denoiser,
+    load_replacement,
+    reason,
+)
 from selfnpo.models.family import Config, Family
 from selfnpo.models.lora import merge_lora
 from selfnpo.models.origin import (
@@ -77,7 +83,7 @@ class Source:
         self.family = self._find_family()
         self.family.check(self.config)
         if self.file is not None:
-            self._check_single_file(self.file)
+            check_single_file(self.family.denoiser_class, self.file)
 
     def _find_denoiser(self) -> tuple[str, str, Config]:
         """Name in the pipeline, folder and configuration of the denoiser."""
@@ -164,9 +170,7 @@ class Source:
 
     def empty_denoiser(self) -> ModelMixin:
         """The denoiser without weights, on the meta device."""
-        with init_empty_weights():  # torch.device("meta") loses its effect after some uses of torch.compile
-            model = self.family.denoiser_class.from_config(self.config)
-        return nn.Module.to(model, "meta")
+        return empty_denoiser(self.family.denoiser_class, self.config)
 
     def denoiser(self, dtype: torch.dtype) -> ModelMixin:
         """The base's denoiser on the CPU, with its replacement and LoRA applied, in evaluation mode.
@@ -176,80 +180,20 @@ class Source:
         """
         options, family = self.options, self.family
         if options.denoiser_name_or_path is None:
-            model = self._load_denoiser(self.file or self.layout, self.subfolder, dtype, options)
+            model = load_denoiser(
+                family.denoiser_class, self.file or self.layout, self.subfolder, dtype, options, self.layout
+            )
         else:
             model = self.replacement(options.denoiser_name_or_path, dtype)
         if options.lora_name_or_path is not None:
-            merge_lora(model, family, options, dtype)
-        return model.eval().requires_grad_(False)
+            merge_lora(model, family.pipeline_class, family.component, options, dtype)
+        return model
 
     def replacement(self, name: str, dtype: torch.dtype) -> ModelMixin:
         """Another denoiser of the base's architecture: from its own folder, or from the pipeline that holds it."""
-        refuse_unsafe(name)
-        options = replace(self.options, revision=None)  # which is the base's
-        subfolder = ""
-        if name.endswith(SINGLE_FILE):
-            self._check_single_file(Path(name))
-        else:
-            found = find(name, "config.json", options)
-            if found is None:
-                subfolder = self.component
-                if find(name, f"{subfolder}/config.json", options) is None:
-                    raise UserError(
-                        f"{name} holds no config.json and no {subfolder}/config.json; expected a "
-                        f"{self.family.denoiser_class.__name__} (config.json and *.safetensors)"
-                    )
-            if options.variant and options.variant not in weight_variants(name, subfolder, options):
-                options = replace(options, variant=None)
-        model = self._load_denoiser(Path(name) if name.endswith(SINGLE_FILE) else name, subfolder, dtype, options)
         expected = {key: tensor.shape for key, tensor in self.empty_denoiser().state_dict().items()}
-        got = {key: tensor.shape for key, tensor in model.state_dict().items()}
-        for key in sorted(expected.keys() | got.keys()):
-            if expected.get(key) != got.get(key):
-                raise UserError(
-                    f"{name} has another architecture than the base: {key} is {_shape(got.get(key))}, "
-                    f"expected {_shape(expected.get(key))}"
-                )
-        return model.eval().requires_grad_(False)
-
-    def _load_denoiser(self, origin: str | Path, subfolder: str, dtype: torch.dtype, options: ModelOptions) -> ModelMixin:
         kind = self.family.denoiser_class
-        try:
-            if isinstance(origin, Path):
-                model, info = self._from_single_file(origin, dtype), {}
-            else:
-                model, info = kind.from_pretrained(
-                    origin, subfolder=subfolder, revision=options.revision, variant=options.variant, torch_dtype=dtype,
-                    use_safetensors=True, local_files_only=options.local_files_only, output_loading_info=True,
-                    low_cpu_mem_usage=False,
-                )  # fmt: skip
-        except Exception as error:  # diffusers raises many kinds, also from the parsers beneath it
-            whole = "DiffusionPipeline" if origin == self.layout else kind.__name__
-            why = why_not_loaded(origin, subfolder, options, whole) if isinstance(origin, str) else None
-            reason = f"{origin} could not be loaded as a {kind.__name__} in safetensors: {_reason(error)}"
-            raise UserError(why or reason) from error
-        _check_complete(model, str(origin))
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info.get(problem):
-                raise UserError(
-                    f"{origin} does not fit its config.json: {problem.replace('_', ' ')} such as {info[problem][0]}"
-                )
-        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-            raise UserError(f"{origin} holds weights that are inf or NaN; restore them from an intact copy")
-        return model
-
-    def _check_single_file(self, file: Path) -> None:
-        kind = self.family.denoiser_class
-        if not hasattr(kind, "from_single_file"):
-            raise UserError(
-                f"{file} is a single file, which diffusers does not read for {kind.__name__}; use a diffusers folder"
-            )
-
-    def _from_single_file(self, file: Path, dtype: torch.dtype) -> ModelMixin:
-        return self.family.denoiser_class.from_single_file(
-            str(file), config=self.layout, subfolder=self.subfolder, torch_dtype=dtype,
-            local_files_only=self.options.local_files_only,
-        )  # fmt: skip
+        return load_replacement(kind, name, self.component, expected, dtype, self.options, self.layout)
 
     def pipeline(self, wanted: tuple[str, ...], dtype: torch.dtype) -> DiffusionPipeline:
         """The family's pipeline with the components in `wanted` alone, and the scheduler.
@@ -278,25 +222,9 @@ class Source:
         except Exception as error:  # as above
             parts = wanted if self.file is None else ()
             why = (why_not_loaded(self.layout, name, options, "DiffusionPipeline") for name in parts)
-            reason = f"{', '.join(wanted)} of {self.layout} could not be loaded in safetensors: {_reason(error)}"
-            raise UserError(next(filter(None, why), reason)) from error
+            told = f"{', '.join(wanted)} of {self.layout} could not be loaded in safetensors: {reason(error)}"
+            raise UserError(next(filter(None, why), told)) from error
         for name in wanted:
             if isinstance(part := getattr(pipeline, name), nn.Module):
-                _check_complete(part, str(self.file or self.layout))
+                check_complete(part, str(self.file or self.layout))
         return pipeline
-
-
-def _reason(error: Exception) -> str:
-    """What diffusers meant; it fails to move weights of a single file that it did not find."""
-    return "it lacks weights; expected a complete checkpoint" if "meta tensor" in str(error) else first_line(error)
-
-
-def _check_complete(model: nn.Module, origin: str) -> None:
-    """Single files may lack weights, which diffusers then leaves without values."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise UserError(f"{origin} could not be loaded: it holds no {name}; expected a complete checkpoint")
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "absent" if shape is None else str(list(shape))

@@ -1,0 +1,133 @@
+"""A denoiser alone: without weights, from disk or from the hub, or in place of another one."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import ModelMixin
+from torch import nn
+
+from selfnpo.errors import UserError, first_line
+from selfnpo.models.family import Config
+from selfnpo.models.origin import SINGLE_FILE, ModelOptions, find, refuse_unsafe, weight_variants, why_not_loaded
+
+
+def empty_denoiser(kind: type[ModelMixin], config: Config) -> ModelMixin:
+    """A denoiser without weights, on the meta device."""
+    with init_empty_weights():  # torch.device("meta") loses its effect after some uses of torch.compile
+        model = kind.from_config(config)
+    return nn.Module.to(model, "meta")
+
+
+def load_denoiser(
+    kind: type[ModelMixin], origin: str | Path, subfolder: str, dtype: torch.dtype, options: ModelOptions, layout: str
+) -> ModelMixin:
+    """A denoiser on the CPU.
+
+    Args:
+        origin: a diffusers folder or a hub id, whose `subfolder` holds it, or the path of a single file.
+        layout: folder or id of the base, which has the configuration of a single file in `subfolder`.
+
+    Raises:
+        UserError: weights are missing, corrupt or in an unsafe format.
+    """
+    try:
+        if isinstance(origin, Path):
+            info = {}
+            model = kind.from_single_file(
+                str(origin), config=layout, subfolder=subfolder, torch_dtype=dtype, local_files_only=options.local_files_only
+            )
+        else:
+            model, info = kind.from_pretrained(
+                origin, subfolder=subfolder, revision=options.revision, variant=options.variant, torch_dtype=dtype,
+                use_safetensors=True, local_files_only=options.local_files_only, output_loading_info=True,
+                low_cpu_mem_usage=False,
+            )  # fmt: skip
+    except Exception as error:  # diffusers raises many kinds, also from the parsers beneath it
+        whole = "DiffusionPipeline" if origin == layout else kind.__name__
+        why = why_not_loaded(origin, subfolder, options, whole) if isinstance(origin, str) else None
+        told = f"{origin} could not be loaded as a {kind.__name__} in safetensors: {reason(error)}"
+        raise UserError(why or told) from error
+    check_complete(model, str(origin))
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(problem):
+            raise UserError(f"{origin} does not fit its config.json: {problem.replace('_', ' ')} such as {info[problem][0]}")
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        raise UserError(f"{origin} holds weights that are inf or NaN; restore them from an intact copy")
+    return model.eval().requires_grad_(False)
+
+
+def load_replacement(
+    kind: type[ModelMixin],
+    name: str,
+    component: str,
+    expected: Mapping[str, torch.Size],
+    dtype: torch.dtype,
+    options: ModelOptions,
+    layout: str,
+) -> ModelMixin:
+    """Another denoiser of the base's architecture: from its own folder, from the pipeline that holds it, or from a file.
+
+    Args:
+        component: its name in a pipeline.
+        expected: shapes of the base's weights.
+
+    Raises:
+        UserError: it cannot be loaded or has another architecture.
+    """
+    refuse_unsafe(name)
+    options = replace(options, revision=None)  # which is the base's
+    subfolder = ""
+    if name.endswith(SINGLE_FILE):
+        check_single_file(kind, Path(name))
+        subfolder = component
+    else:
+        found = find(name, "config.json", options)
+        if found is None:
+            subfolder = component
+            if find(name, f"{subfolder}/config.json", options) is None:
+                raise UserError(
+                    f"{name} holds no config.json and no {subfolder}/config.json; expected a {kind.__name__} "
+                    "(config.json and *.safetensors)"
+                )
+        if options.variant and options.variant not in weight_variants(name, subfolder, options):
+            options = replace(options, variant=None)
+    origin = Path(name) if name.endswith(SINGLE_FILE) else name
+    model = load_denoiser(kind, origin, subfolder, dtype, options, layout)
+    check_same_architecture(name, expected, {key: tensor.shape for key, tensor in model.state_dict().items()})
+    return model
+
+
+def check_same_architecture(name: str, expected: Mapping[str, torch.Size], got: Mapping[str, torch.Size]) -> None:
+    """Raise a UserError that names the first weight, in the order of names, in which a model differs from its base."""
+    for key in sorted(expected.keys() | got.keys()):
+        if expected.get(key) != got.get(key):
+            raise UserError(
+                f"{name} has another architecture than the base: {key} is {_shape(got.get(key))}, "
+                f"expected {_shape(expected.get(key))}"
+            )
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "absent" if shape is None else str(list(shape))
+
+
+def check_single_file(kind: type[ModelMixin], file: Path) -> None:
+    if not hasattr(kind, "from_single_file"):
+        raise UserError(
+            f"{file} is a single file, which diffusers does not read for {kind.__name__}; use a diffusers folder"
+        )
+
+
+def check_complete(model: nn.Module, origin: str) -> None:
+    """Single files may lack weights, which diffusers then leaves without values."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UserError(f"{origin} could not be loaded: it holds no {name}; expected a complete checkpoint")
+
+
+def reason(error: Exception) -> str:
+    """What diffusers meant; it fails to move weights of a single file that it did not find."""
+    return "it lacks weights; expected a complete checkpoint" if "meta tensor" in str(error) else first_line(error)
