@@ -1,4 +1,6 @@
-"""From samples to images that can be looked at."""
+"""From samples to images and videos that can be looked at."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -9,23 +11,32 @@ from selfnpo.models import PretrainedModel
 FRAMES = 4  # of a video, evenly spaced, in a picture
 
 
-@torch.no_grad()
 def decode_samples(base: PretrainedModel, samples: Tensor) -> Tensor:
-    """Images `[n, channels, H, W]` in [-1, 1] on the CPU; of every video a few frames, which makes n larger than the batch.
+    """Images `[n, channels, H, W]` in [-1, 1] on the CPU; of every video a few frames, so that n exceeds the batch."""
+    decoded = []
+    for frames in decode_frames(base, samples):
+        shown = torch.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).long()
+        decoded.append(frames[shown].clone())  # what is not shown is freed
+    return torch.cat(decoded)
+
+
+@torch.no_grad()
+def decode_frames(base: PretrainedModel, samples: Tensor) -> Iterator[Tensor]:
+    """All frames `[frames, channels, H, W]` in [-1, 1] of one sample after the other, on the CPU; an image is one frame.
 
     The VAE is loaded for this call alone and decodes one sample at a time.
     """
     vae = base.source.vae() if base.source else None
     if vae is None:
-        return samples.cpu()
+        yield from samples.cpu().unsqueeze(1)
+        return
     vae.to(base.device)
     shift = getattr(vae.config, "shift_factor", None) or 0.0
-    progress = tqdm(samples, desc="decode", leave=False, disable=None)
-    return torch.cat([_decode(vae, sample[None].float() / vae.config.scaling_factor + shift) for sample in progress])
+    for sample in tqdm(samples, desc="decode", leave=False, disable=None):
+        yield _decode(vae, sample[None].float() / vae.config.scaling_factor + shift)
 
 
 def _decode(vae: torch.nn.Module, latent: Tensor) -> Tensor:
     if latent.ndim == 4:
         return vae.decode(latent).sample.cpu()
-    video = vae.decode(latent.transpose(1, 2)).sample[0].transpose(0, 1)  # diffusers' VAEs take the channels first
-    return video[torch.linspace(0, len(video) - 1, min(FRAMES, len(video))).long().to(video.device)].cpu()
+    return vae.decode(latent.transpose(1, 2)).sample[0].transpose(0, 1).cpu()  # diffusers' VAEs take the channels first

@@ -1,6 +1,8 @@
 """Sample grids as PNG."""
 
 import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -33,20 +35,66 @@ def save_comparison(path: Path, panels: list[tuple[str, Tensor]], columns: int, 
     rows = -(-len(panels) // 2)
     inches = min(max(11, 2 * width / DPI), 40)  # large images in their own size
     lines = textwrap.wrap(caption, int(14 * inches))
-    tall = rows * (inches / 2 * height / width + 0.5) + 0.2 + 0.2 * len(lines)
+    title_lines = max(title.count("\n") + 1 for title, _ in panels)
+    tall = rows * ((inches / 2 - 0.1) * height / width + 0.2 + 0.2 * title_lines) + 0.1 + 0.2 * len(lines)
     figure, axes = plt.subplots(rows, 2, figsize=(inches, tall), layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (title, _), sheet in zip(axes.flat, panels, sheets, strict=False):
-        axis.imshow(sheet.numpy(), interpolation="nearest" if width < 4 * DPI else "auto")
+        _show(axis, sheet)
         axis.set_title(title, fontsize=12)
     figure.supxlabel("\n".join(lines), fontsize=10, color="0.35")
     save_figure(figure, path)
 
 
+def save_table(
+    path: Path,
+    cells: Sequence[Sequence[Tensor]],
+    row_names: Sequence[str],
+    column_names: Sequence[str],
+    columns: int,
+    caption: str,
+) -> None:
+    """A sheet of images per cell, `columns` images wide, under the names of rows and columns; equal positions belong to each
+    other."""
+    sheets = [[tile(images, columns) for images in row] for row in cells]
+    height, width, _ = sheets[0][0].shape
+    inches = min(max(11, len(column_names) * width / DPI), 40)
+    lines = textwrap.wrap(caption, int(14 * inches))
+    across = (inches - 0.4) / len(column_names) - 0.1  # inches of a cell
+    tall = len(row_names) * (across * height / width + 0.1) + 0.5 + 0.2 * len(lines)
+    figure, axes = plt.subplots(
+        len(row_names), len(column_names), figsize=(inches, tall), layout="constrained", squeeze=False
+    )
+    for row, name in zip(axes, row_names, strict=True):
+        row[0].set_ylabel(name, fontsize=13)
+    for axis, name in zip(axes[0], column_names, strict=True):
+        axis.set_title(name, fontsize=13)
+    for axis, sheet in zip(axes.flat, (sheet for row in sheets for sheet in row), strict=True):
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        _show(axis, sheet)
+    figure.supxlabel("\n".join(lines), fontsize=10, color="0.35")
+    save_figure(figure, path)
+
+
+def _show(axis: plt.Axes, sheet: Tensor) -> None:
+    axis.imshow(sheet.numpy(), interpolation="nearest" if sheet.shape[1] < 4 * DPI else "auto")
+
+
 def save_figure(figure: plt.Figure, path: Path) -> None:
     """Write a figure whole or not at all, and close it."""
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=DPI)
-    partial.replace(path)
+    with written_whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=DPI, bbox_inches="tight")
     plt.close(figure)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, with its suffix; takes the place of `path` if all goes well, and vanishes if not."""
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,25 +1,29 @@
 """python -m selfnpo.sample: plain guidance beside guidance away from a negative model, at equal noise."""
 
+import math
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from torch import nn
+from tyro.conf import arg
 
 from selfnpo.cli import parse, run
 from selfnpo.config import Precision, dtype_of, preset_config
-from selfnpo.decode import decode_samples
+from selfnpo.decode import decode_frames, decode_samples
 from selfnpo.errors import UserError
-from selfnpo.merge import mix_
 from selfnpo.models import ModelOptions, SampleOptions, Source, load_negative, load_pretrained
-from selfnpo.picture import save_comparison
-from selfnpo.sampling import ddim_sample, start_noise
+from selfnpo.picture import save_comparison, save_table
+from selfnpo.sampling import plain_guidance, start_noise
 from selfnpo.schedule import make_grid
+from selfnpo.sweep import sweep
+from selfnpo.video import SUFFIXES, check_video, save_video, to_bytes
 
 
 @dataclass(frozen=True)
 class SampleConfig(SampleOptions, ModelOptions):
-    """Sample with and without a negative model."""
+    """Sample with and without a negative model; several guidance scales or betas make a sweep."""
 
     negative: Path = Path("runs/demo/negative")
     """Folder or Hugging Face id of a trained negative model, full weights or LoRA: theta + delta."""
@@ -29,12 +33,14 @@ class SampleConfig(SampleOptions, ModelOptions):
     """Folder or id of a fine-tuned positive model of the same architecture: theta + eta. By default the base itself."""
     alpha: float = 1.0
     """Share of eta in the negative: theta + alpha eta + beta delta."""
-    beta: float = 1.0
-    """Share of delta in the negative."""
-    guidance_scale: float | None = None
-    """w + 1 in eps = (w + 1) eps_pos - w eps_neg; by default the family's usual one."""
+    beta: Annotated[tuple[float, ...], arg(aliases=("--betas",))] = (1.0,)
+    """Share of delta in the negative; several make a sweep."""
+    guidance_scale: Annotated[tuple[float, ...], arg(aliases=("--guidance_scales",))] = ()
+    """w + 1 in eps = (w + 1) eps_pos - w eps_neg; by default the family's usual one. Several make a sweep."""
+    force: bool = False
+    """Allow alpha and beta outside [0, 1]."""
     num_images: int | None = None
-    """Images per panel; by default 80 of the demo, 4 of other models."""
+    """Images, or videos, per method; by default 80 of the demo (10 in a sweep), 1 video, 4 of other models."""
     batch_size: int | None = None
     """Images per forward pass; by default as many as a training step of the family has."""
     mixed_precision: Precision = "auto"
@@ -43,67 +49,122 @@ class SampleConfig(SampleOptions, ModelOptions):
     """DDIM steps."""
     seed: int = 0
     """Key of the noise."""
-    output: Path = Path("samples.png")
-    """PNG file to write."""
+    fps: int = 8
+    """Frames per second of a video."""
+    output: Path | None = None
+    """File to write: .png, of videos also .gif or .mp4; by default samples.png, or samples.gif of videos."""
     overwrite: bool = False
     """Replace the file if it exists."""
+
+    @property
+    def is_sweep(self) -> bool:
+        return len(self.guidance_scale) > 1 or len(self.beta) > 1
 
 
 def check(config: SampleConfig) -> None:
     for name, low, high in (
-        ("alpha", 0, 1),
-        ("beta", 0, 1),
         ("num_images", 1, 10_000),
         ("batch_size", 1, 10_000),
         ("seed", 0, 2**63 - 1),
+        ("fps", 1, 60),
     ):
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"{name} is {value}; expected a value from {low} to {high}")
-    scale = config.guidance_scale
-    if scale is not None and not 1 < scale <= 100:
-        raise UserError(f"guidance_scale is {scale}; expected a value above 1, where the negative has a say")
-    if config.output.suffix != ".png":
-        raise UserError(f"output is {config.output}; expected a file name that ends in .png")
-    if config.output.exists() and not config.overwrite:
-        raise UserError(f"output {config.output} exists; choose another name or pass --overwrite")
-    if not config.output.parent.is_dir():
-        raise UserError(f"output {config.output} lies in a folder that does not exist; create {config.output.parent} first")
+    for name, values in (("alpha", (config.alpha,)), ("beta", config.beta)):
+        for value in values:
+            if not (math.isfinite(value) if config.force else 0 <= value <= 1):
+                hint = "a finite number" if config.force else "a value from 0 to 1, or any with --force"
+                raise UserError(f"{name} is {value}; expected {hint}")
+    for scale in config.guidance_scale:
+        if not 1 < scale <= 100:
+            raise UserError(
+                f"guidance_scale is {scale}; expected a value above 1 and up to 100, since w is guidance_scale - 1 and "
+                "without a w above 0 the negative would do nothing"
+            )
+    for name, values in (("beta", config.beta), ("guidance_scale", config.guidance_scale)):
+        if len(set(values)) < len(values):
+            raise UserError(f"{name} is {' '.join(map(str, values))}; expected different values")
+    if not config.beta:
+        raise UserError("beta is empty; expected one or more values, such as 0.5 1")
+    if config.alpha != 1 and config.positive is None:
+        raise UserError(
+            f"alpha is {config.alpha}, a share of eta, but no positive is given; pass --positive or leave it out"
+        )
+
+
+def output_file(config: SampleConfig, is_video: bool) -> Path:
+    """The file to write, whose suffix says what.
+
+    Raises:
+        UserError: it cannot be written, or cannot hold what is asked for.
+    """
+    movable = is_video and not config.is_sweep
+    output = config.output or Path("samples.gif" if movable else "samples.png")
+    if output.suffix not in (".png", *(SUFFIXES if movable else ())):
+        why = "a sweep is a picture" if is_video else "the model makes images"
+        expected = ".png, .gif or .mp4" if movable else f".png, for {why}"
+        raise UserError(f"output is {output}; expected a file name that ends in {expected}")
+    check_video(output)
+    if not output.parent.is_dir():
+        raise UserError(f"output {output} lies in a folder that does not exist; create {output.parent} first")
+    if output.is_dir() or (output.exists() and not config.overwrite):
+        raise UserError(f"output {output} exists; choose another name or pass --overwrite")
+    try:
+        tempfile.TemporaryFile(dir=output.parent).close()
+    except OSError as error:
+        raise UserError(f"output {output} cannot be written: {error.strerror}; choose another folder") from error
+    return output
 
 
 def main(config: SampleConfig) -> None:
     check(config)
-    source, steps = Source(config), config.num_inference_steps
-    make_grid(source.scheduler, steps)  # refused before anything lasts
-    scale = config.guidance_scale or source.family.guidance_scale
-    num_images = config.num_images or (80 if source.is_demo else 4)
-    batch_size = config.batch_size or preset_config("default", source.family.presets).train_batch_size
-    # In float32 on the host until they are mixed: no more than what samples lies on a GPU.
-    dtype, host = dtype_of(config.mixed_precision), torch.device("cpu")
+    source = Source(config)
+    make_grid(source.scheduler, config.num_inference_steps)  # refused before anything lasts
+    is_video = len(source.family.sample_shape(source.config, source.scale, config)) == 4
+    output = output_file(config, is_video)
+    dtype, host = dtype_of(config.mixed_precision), torch.device("cpu")  # where the models are mixed
     base = load_pretrained(config, config, further_prompts=config.prompt, dtype=dtype, weights_device=host)
     negative = load_negative(config.negative, base)
     tuned = load_negative(config.positive, base) if config.positive else None
-    mix_(negative, base.denoiser, tuned, config.alpha, config.beta)
-    positive = tuned or base.denoiser
-    for model in (negative, positive):
-        nn.Module.to(model, base.device, dtype)
+
     asked = base.asked(len(config.prompt))
+    usual = (10 if config.is_sweep else 80) if source.is_demo else 1 if is_video else 4
+    num_images = config.num_images or max(usual, len(config.prompt))
     condition = asked[torch.arange(num_images) % len(asked)]
     noise = start_noise(base, num_images, config.seed)
-    samples = [
-        ddim_sample(base, noise, condition, scale, model, positive, steps, batch_size) for model in (positive, negative)
-    ]
-    plain, guided = decode_samples(base, torch.cat(samples)).chunk(2)
-    w = scale - 1
-    panels = [
-        (f"plain guidance (CFG), w = {w:g}", plain),
-        (f"negative model, w = {w:g}, beta = {config.beta:g}", guided),
-    ]
-    is_video = len(plain) > num_images  # a row of frames each
-    columns = 4 if is_video or len(asked) == 1 else min(len(asked), 10)
-    caption = f"{config.negative}; equal positions start from equal noise"
-    save_comparison(config.output, panels, min(columns, len(plain)), caption)
-    print(f"written to {config.output}")
+    scales = config.guidance_scale or (source.family.guidance_scale,)
+    batch_size = config.batch_size or preset_config("default", source.family.presets).train_batch_size
+    samples = sweep(
+        base, negative, tuned, noise, condition, scales, config.beta, config.alpha, config.num_inference_steps, batch_size
+    )
+
+    methods = [(scale, beta) for scale in scales for beta in (None, *config.beta)]
+    shown = torch.cat([samples[method] for method in methods])
+    plain_scale, plain = plain_guidance(base, condition, scales[0])
+    if tuned and plain_scale == 1:
+        plain = "the positive itself"
+    share = f", alpha = {config.alpha:g}" if tuned else ""
+    negatives = [f"negative, beta = {beta:g}{share}" for beta in config.beta]
+    titles = [f"{plain}, w = {plain_scale - 1:g}", f"{negatives[0]}, w = {scales[0] - 1:g}"]
+    caption = " | ".join((*config.prompt, str(config.negative), "equal positions start from equal noise"))
+    if is_video:
+        caption += " | every row is one video"
+    if output.suffix in SUFFIXES:
+        videos = [to_bytes(frames) for frames in decode_frames(base, shown)]
+        save_video(output, titles, [videos[:num_images], videos[num_images:]], config.fps)
+    elif config.is_sweep:
+        cells = decode_samples(base, shown).chunk(len(methods))
+        wide = 1 + len(negatives)
+        rows = [cells[first : first + wide] for first in range(0, len(cells), wide)]
+        names = [f"w = {scale - 1:g}" for scale in scales]
+        columns = 4 if is_video else 5 if num_images > 9 else math.ceil(math.sqrt(num_images))
+        save_table(output, rows, names, [titles[0] if plain_scale == 1 else plain, *negatives], columns, caption)
+    else:
+        cells = decode_samples(base, shown).chunk(len(methods))
+        columns = 4 if is_video or len(asked) == 1 else min(len(asked), 10)
+        save_comparison(output, [*zip(titles, cells, strict=True)], min(columns, len(cells[0])), caption)
+    print(f"written to {output}")
 
 
 if __name__ == "__main__":

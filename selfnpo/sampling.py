@@ -15,6 +15,19 @@ def start_noise(base: PretrainedModel, count: int, seed: int) -> Tensor:
     return philox_normal((count, *base.sample_shape), seed, 0, Site.SAMPLE_NOISE, base.move(torch.arange(count)))
 
 
+def plain_guidance(base: PretrainedModel, condition: Tensor, guidance_scale: float) -> tuple[float, str]:
+    """The guidance scale at which samples are what they are without a negative model, and their name.
+
+    Where every condition `[B]` is the null condition, as in unconditional models and for most empty prompts, guidance
+    cancels: what is left is the base itself, whatever the scale.
+    """
+    index = condition.unique()
+    rows, null = (base.conditions.select(each, base.device) for each in (index, torch.full_like(index, base.null_condition)))
+    if all(rows[name].cpu().equal(null[name].cpu()) for name in base.conditions.rows):
+        return 1.0, "the base itself"
+    return guidance_scale, "plain guidance (CFG)"
+
+
 @torch.no_grad()
 def ddim_sample(
     base: PretrainedModel,

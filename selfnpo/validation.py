@@ -6,7 +6,7 @@ import torch
 
 from selfnpo.decode import decode_samples
 from selfnpo.picture import save_comparison
-from selfnpo.sampling import ddim_sample, start_noise
+from selfnpo.sampling import ddim_sample, plain_guidance, start_noise
 from selfnpo.state import TrainState
 
 
@@ -17,15 +17,17 @@ def save_grid(path: Path, state: TrainState) -> Path:
     conditions = asked[torch.arange(count) % len(asked)]
     scale = config.validation_guidance_scale or base.family.guidance_scale
     noise = start_noise(base, count, config.seed)
+    plain_scale, plain_name = plain_guidance(base, conditions, scale)
     with state.student.positive() as positive:
         samples = [
-            ddim_sample(
-                base, noise, conditions, scale, negative, positive, config.num_inference_steps, config.train_batch_size
-            )
-            for negative in (positive, state.model)
+            ddim_sample(base, noise, conditions, at, negative, positive, config.num_inference_steps, config.train_batch_size)
+            for at, negative in ((plain_scale, positive), (scale, state.model))
         ]
     plain, guided = decode_samples(base, torch.cat(samples)).chunk(2)
-    panels = [(f"plain guidance, w = {scale - 1:g}", plain), (f"negative of step {state.step}, w = {scale - 1:g}", guided)]
+    panels = [
+        (f"{plain_name}, w = {plain_scale - 1:g}", plain),
+        (f"negative of step {state.step}, w = {scale - 1:g}", guided),
+    ]
     path.parent.mkdir(exist_ok=True)
     caption = " | ".join((*config.validation_prompt, "equal positions start from equal noise"))
     if len(plain) > count:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from selfnpo import evaluate, sample, train
+from selfnpo import evaluate, merge, sample, train
 from selfnpo.cli import parse, run
 from selfnpo.config import parse_config
 from selfnpo.world import base
@@ -10,6 +10,7 @@ from selfnpo.world import base
 MAINS = {
     "train": lambda args: train.main(parse_config(args)),
     "sample": lambda args: sample.main(parse(sample.SampleConfig, args)),
+    "merge": lambda args: merge.main(parse(merge.MergeConfig, args)),
     "evaluate": lambda args: evaluate.main(parse(evaluate.EvaluateConfig, args)),
     "base": lambda args: base.main(parse(base.BaseConfig, args)),
 }

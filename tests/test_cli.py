@@ -69,6 +69,7 @@ def test_flags_beat_the_file_and_the_file_beats_the_preset(tmp_path):
 @pytest.mark.parametrize(
     ("alias", "name", "value"),
     [
+        ("model", "pretrained_model_name_or_path", str(DEMO_FOLDER)),
         ("pretrained_teacher_model", "pretrained_model_name_or_path", str(DEMO_FOLDER)),
         ("teacher_revision", "revision", "main"),
         ("base_weights", "lora_name_or_path", "lora"),

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from selfnpo.errors import UserError
 from selfnpo.models.family import SampleOptions
-from selfnpo.models.lora import LORA_FILE, merge_lora
-from selfnpo.models.origin import SINGLE_FILE, ModelOptions, find
+from selfnpo.models.lora import is_lora, merge_lora
+from selfnpo.models.origin import ModelOptions
 from selfnpo.models.pretrained import Conditions, PretrainedModel
 from selfnpo.models.source import Source
 from selfnpo.prompts import too_long
@@ -63,18 +63,18 @@ def default_device() -> torch.device:
 
 def load_negative(name_or_path: str | Path, base: PretrainedModel) -> ModelMixin:
     """A trained negative in float32 where the base lies: a denoiser of the base's architecture, or a LoRA merged into the
-    base; a folder or a hub id.
+    base; a folder, a hub id or a file.
 
     Raises:
         UserError: it is missing, corrupt or of another architecture.
     """
     name, source, dtype = str(name_or_path), base.source, torch.float32
     options = replace(source.options, lora_name_or_path=name, lora_scale=1.0, revision=None)
-    if name.endswith(SINGLE_FILE) or find(name, LORA_FILE, options) is None:
-        negative = source.replacement(name, dtype)
-    else:
+    if is_lora(name, options):
         negative = source.denoiser(dtype)  # with the base's own LoRA, on which this one was trained
         merge_lora(negative, source.family.pipeline_class, source.family.component, options, dtype)
+    else:
+        negative = source.replacement(name, dtype)
     return negative.to(next(base.denoiser.parameters()).device)
 
 

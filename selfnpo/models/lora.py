@@ -1,10 +1,12 @@
 """A LoRA read, in any format that diffusers reads: merged into a base, or as offsets of its layers."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from selfnpo.errors import UserError, first_line
@@ -26,6 +28,23 @@ class Offset:
         """The same, added to the layer's weight: `[outputs, inputs, ...]`, in float32."""
         joined = self.up.float().flatten(1) @ self.down.float().flatten(1)
         return self.scale * joined.unflatten(1, self.down.shape[1:])
+
+
+def is_lora(name: str, options: ModelOptions) -> bool:
+    """Whether a folder, a hub id or a file is a LoRA.
+
+    Raises:
+        UserError: it is not there, or no safetensors file.
+    """
+    if not name.endswith(SINGLE_FILE):
+        return find(name, LORA_FILE, options) is not None
+    if not Path(name).is_file():
+        raise UserError(f"{name} does not exist; expected a {SINGLE_FILE} file, a folder or a Hugging Face id")
+    try:
+        with safe_open(name, framework="pt") as file:
+            return any("lora" in key.lower() for key in file.keys())  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{name} could not be read as safetensors: {first_line(error)}") from error
 
 
 def merge_lora(

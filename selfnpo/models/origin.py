@@ -22,7 +22,7 @@ UNSAFE = (".ckpt", ".pt", ".pth", ".bin")
 class ModelOptions:
     """Which model."""
 
-    pretrained_model_name_or_path: Annotated[str, arg(aliases=("--pretrained_teacher_model",))] = DEMO
+    pretrained_model_name_or_path: Annotated[str, arg(aliases=("--model", "--pretrained_teacher_model"))] = DEMO
     """The base: demo, a diffusers folder, a Hugging Face id, or a single .safetensors file."""
     revision: Annotated[str | None, arg(aliases=("--teacher_revision",))] = None
     """Branch, tag or commit of a Hugging Face id."""

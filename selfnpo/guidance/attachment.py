@@ -1,0 +1,209 @@
+"""A negative model in a pipeline's denoiser: attached, detached, and run beneath everything else that hooks into it."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import BaseState, StateManager
+from torch import Tensor, nn
+
+from selfnpo.errors import UserError
+from selfnpo.guidance.branches import Branches, Forward
+from selfnpo.guidance.calls import Calls, Mode
+from selfnpo_kernels import cfg_combine
+
+log = logging.getLogger("selfnpo")
+
+HOOK = "selfnpo_negative"
+
+
+class Guidance:
+    """A negative model that can be attached to a pipeline and detached from it; also a context. Made by `guide`.
+
+    Args:
+        component: name of the denoiser in the pipeline.
+        description: of the negative, for messages.
+        extrapolation: w + 1 where the pipeline has no guidance of its own.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        component: str,
+        branches: Branches,
+        description: str,
+        extrapolation: float | None,
+        mode: Mode,
+    ):
+        self.pipe, self.component, self.branches = pipe, component, branches
+        self.description, self.extrapolation, self.mode = description, extrapolation, mode
+        self.attached = False
+        self._lock = threading.RLock()  # one denoiser, one set of weights at a time
+
+    @property
+    def evaluations(self) -> int:
+        """Calls of the denoiser, since this was attached, of which the negative answered a part."""
+        return self._calls.answered
+
+    def __enter__(self) -> "Guidance":
+        if not self.attached:
+            self.attach()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._remove()
+        if kind is None:
+            self._check_used()
+
+    def attach(self) -> None:
+        """Raises: UserError if this or another negative is in the denoiser already."""
+        module = getattr(self.pipe, self.component)
+        denoiser = uncompiled(module)
+        registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+        if HOOK in registry.hooks:
+            kind = type(self.pipe).__name__
+            raise UserError(f"the {self.component} of this {kind} already has a negative; detach that one first")
+        self._denoiser, self._calls, self._hook = denoiser, Calls(denoiser, self.mode), _Hook(self.forward)
+        self.branches.attach()
+        with _beneath_accelerate(denoiser):
+            registry.register_hook(self._hook, HOOK)
+        self._around_compiled(module)
+        denoiser._apply = self._apply
+        self.attached = True
+
+    def detach(self) -> None:
+        """Leave the pipeline as it was.
+
+        Raises:
+            UserError: the negative has never been used; it is detached all the same.
+        """
+        was_attached = self.attached
+        self._remove()
+        if was_attached:
+            self._check_used()
+
+    def _remove(self) -> None:
+        if not self.attached:
+            return
+        self.attached, denoiser, registry = False, self._denoiser, self._denoiser._diffusers_hook
+        del denoiser._apply
+        if self._compiled is not None:
+            owner, name, code = self._compiled
+            setattr(owner, name, code)
+        with _beneath_accelerate(denoiser):
+            registry.remove_hook(HOOK, recurse=False)
+            if denoiser.__dict__.get("forward") == MethodType(type(denoiser).forward, denoiser):
+                del denoiser.forward
+        if not registry.hooks:
+            del denoiser._diffusers_hook
+        self.branches.detach()
+
+    def _check_used(self) -> None:
+        if not self.evaluations:
+            raise UserError(
+                f"{self.description} was attached to {type(self.pipe).__name__} and never used: the pipeline did not run, "
+                "ran without guidance (guidance_scale), or calls its denoiser twice per step (then pass mode='alternate')"
+            )
+
+    def _around_compiled(self, module: nn.Module) -> None:
+        """Compiled code stays whole, with the branches around it."""
+        self._compiled = None
+        if module is not self._denoiser:
+            self._compiled = module, "forward", module.forward
+        elif module._compiled_call_impl is not None:
+            self._compiled = module, "_compiled_call_impl", module._compiled_call_impl
+        if self._compiled is not None:
+            owner, name, code = self._compiled
+            self._hook.is_inside = True
+            setattr(owner, name, lambda *args, **kwargs: self.forward(code, *args, **kwargs))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """The weights go wherever the denoiser is moved, by the pipeline or by accelerate."""
+        for tensor in self.branches.tensors():
+            tensor.data = fn(tensor.data)
+        return type(self._denoiser)._apply(self._denoiser, fn, recurse)
+
+    def forward(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        """The denoiser's output, a part of it by the negative."""
+        arguments = self._calls.arguments(*args, **kwargs)
+        with self._lock:
+            if self._calls.starts_run(arguments):
+                self.branches.prepare(next(iter(arguments.values())))
+            if self.extrapolation is not None:
+                return self._extrapolate(forward, arguments)
+            is_first = not self.evaluations
+            part = self._calls.part(arguments, self._hook.context._context)
+            if is_first and self.evaluations:
+                self._announce()
+            return self.branches.evaluate(forward, arguments, part)
+
+    def _extrapolate(self, forward: Forward, arguments: dict[str, Any]) -> Any:
+        """(w + 1) positive - w negative, both of the whole batch."""
+        size = len(next(iter(arguments.values())))
+        both = {
+            name: torch.cat((value, value)) if isinstance(value, Tensor) and value.ndim and len(value) == size else value
+            for name, value in arguments.items()
+        }
+        if not self.evaluations:
+            self._announce()
+        self._calls.answered += 1
+        output = self.branches.evaluate(forward, both, "first")
+        if isinstance(output, tuple):
+            return (cfg_combine(output[0], self.extrapolation), *output[1:])
+        return type(output)(sample=cfg_combine(output.sample, self.extrapolation))
+
+    def _announce(self) -> None:
+        """At a level that is shown: a negative that is not used looks like one that is."""
+        scale = "" if self.extrapolation is None else f", guidance_scale = {self.extrapolation:g}"
+        log.warning("%s is active in %s%s", self.description, type(self.pipe).__name__, scale)
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module in what torch.compile returns."""
+    return getattr(module, "_orig_mod", module)
+
+
+class _State(BaseState):
+    def reset(self) -> None: ...
+
+
+class _Hook(ModelHook):
+    """Stateful, so that the cache contexts of a pipeline reach it, which say what a call is for."""
+
+    _is_stateful = True
+
+    def __init__(self, guided: Callable[..., Any]):
+        super().__init__()
+        self.guided, self.is_inside = guided, False  # of compiled code, which has the branches around it
+        self.context = StateManager(_State)
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.is_inside:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        return self._outside(*args, **kwargs)
+
+    @torch.compiler.disable(
+        recursive=False, reason="guide() came before torch.compile(..., fullgraph=True); compile first, then guide"
+    )
+    def _outside(self, *args: Any, **kwargs: Any) -> Any:
+        return self.guided(self.fn_ref.original_forward, *args, **kwargs)
+
+
+@contextmanager
+def _beneath_accelerate(module: nn.Module) -> Iterator[None]:
+    """Without accelerate's wrapper of `forward`, which would take what lies above it along when it is removed."""
+    if not hasattr(module, "_old_forward"):
+        yield
+        return
+    outer, module.forward = module.forward, module._old_forward
+    yield
+    module._old_forward, module.forward = module.forward, outer

@@ -1,0 +1,115 @@
+"""What the negative answers of each call of a denoiser. Pipelines do not say so; it shows in how they call."""
+
+import inspect
+import logging
+import sys
+import weakref
+from typing import Any, Literal
+
+from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
+from torch import Tensor
+
+from selfnpo.errors import UserError
+from selfnpo.guidance.branches import Part
+
+log = logging.getLogger("selfnpo")
+
+Mode = Literal["auto", "alternate"]
+
+
+class Calls:
+    """The calls of one denoiser, in their order.
+
+    Args:
+        mode: "alternate" where every second call with the same sample is the unconditional one.
+    """
+
+    def __init__(self, denoiser: ModelMixin, mode: Mode):
+        self.config, self.mode = denoiser.config, mode
+        self.signature = inspect.signature(type(denoiser).forward)
+        self.answered = 0  # by the negative
+        self._run: tuple[Any, ...] = ()
+        self._part: Part = "none"
+        self._last: Tensor | None = None
+
+    def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Of a call, by name and in the order of the denoiser's signature: the sample first."""
+        bound = self.signature.bind(None, *args, **kwargs).arguments
+        further = bound.pop("kwargs", {})
+        return {name: value for name, value in bound.items() if name != "self"} | further
+
+    def starts_run(self, arguments: dict[str, Any]) -> bool:
+        """Whether the pipeline has begun anew. Its condition is one tensor from the first step to the last.
+
+        Raises:
+            UserError: it runs without guidance.
+        """
+        sample, condition = _sample(arguments), arguments.get("encoder_hidden_states", arguments.get("class_labels"))
+        running = _running_pipeline()
+        guides = getattr(running, "do_classifier_free_guidance", None)
+        run = running, guides, sample.shape, sample.device, sample.dtype
+        if self._run and self._run[1:] == run and self._run[0]() is condition is not None:
+            return False
+        self._check_guided(running, guides)
+        # Looks at values, for which the host waits: once a run, not in every step.
+        self._part = _doubled(arguments, self.config)
+        self._run = (lambda: None) if condition is None else weakref.ref(condition), *run
+        return True
+
+    def part(self, arguments: dict[str, Any], context: Any) -> Part:
+        """What the negative answers of this call, of the run that `starts_run` last saw.
+
+        Args:
+            context: diffusers' cache context of the call, if the pipeline has set one.
+        """
+        guider, sample = getattr(self._run[1], "guider", None), _sample(arguments)
+        name = getattr(context, "name", context)  # diffusers before 0.40 has the name alone
+        if guider is not None:
+            part = "none" if guider.is_conditional else "all"
+        elif name in ("cond", "uncond"):
+            part = "none" if name == "cond" else "all"
+        elif self.mode == "alternate":
+            part = "all" if sample is self._last else "none"
+            self._last = None if part == "all" else sample
+        else:
+            part = self._part
+        self.answered += part != "none"
+        return part
+
+    def _check_guided(self, running: Any, guides: bool | None) -> None:
+        """A run without guidance is refused; a callback may end the guidance of one that is under way."""
+        scale = getattr(running, "guidance_scale", None)  # some pipelines change it later on
+        if guides is None and isinstance(scale, (int, float)):
+            guides = scale > 1
+        if guides is False and not self.answered:
+            raise UserError(f"guidance_scale is {scale}: the negative would do nothing; call the pipeline with one above 1")
+        if guides is False:
+            log.warning("guidance_scale is %s: the negative does nothing in what follows", scale)
+
+
+def _sample(arguments: dict[str, Any]) -> Tensor:
+    return next(iter(arguments.values()))
+
+
+def _running_pipeline() -> DiffusionPipeline | ModularPipeline | None:
+    """The pipeline that this call comes from: several may share a denoiser, and each knows of its own guidance only."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__":
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, (DiffusionPipeline, ModularPipeline)):
+                return owner
+        frame = frame.f_back
+    return None
+
+
+def _doubled(arguments: dict[str, Any], config: Any) -> Part:
+    """The negative's half of a batch for classifier-free guidance; "none" if it is no such batch."""
+    sample, labels, null = _sample(arguments), arguments.get("class_labels"), getattr(config, "num_embeds_ada_norm", None)
+    half = len(sample) // 2
+    if len(sample) % 2 or not half or not sample[:half].equal(sample[half:]):
+        return "none"
+    if labels is None or null is None:
+        return "first"
+    first, second = (bool((part == null).all()) for part in (labels[:half], labels[half:]))
+    return "none" if first == second else "first" if first else "second"

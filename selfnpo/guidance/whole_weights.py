@@ -1,0 +1,147 @@
+"""Branches that differ in all weights take turns: the denoiser itself runs, with other parameters in its layers.
+
+Whatever else a user has put into it (LoRAs, IP-Adapters, attention processors, offloading, compiled blocks) so acts on both
+branches, and one compiled graph serves both. Two halves of a batch cost what the whole costs.
+"""
+
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import ModelMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from selfnpo.errors import UserError
+from selfnpo.guidance.branches import Branches, Forward, Part, base_layers, offload_hook
+
+# The same for every sample, whatever their first size.
+NOT_BATCHED = {"image_rotary_emb", "ofs", "ip_adapter_masks"}
+
+
+class Place(NamedTuple):
+    """Where a weight goes."""
+
+    layer: nn.Module
+    name: str  # in the layer
+    key: str  # in the denoiser
+    hook: Any  # accelerate's, if that brings the layer's weights for every call
+
+
+class WholeWeights(Branches):
+    """Two sets of weights. The denoiser's own are the positive's unless that has others.
+
+    Args:
+        negative, positive: weights by their names in the denoiser. They are given its device and type.
+    """
+
+    def __init__(self, denoiser: ModelMixin, negative: Mapping[str, Tensor], positive: Mapping[str, Tensor] | None):
+        self.denoiser = denoiser
+        # Parameters of our own, so that a given model stays as it is.
+        self.negative, self.positive = (
+            {name: nn.Parameter(weight.detach(), requires_grad=False) for name, weight in (weights or {}).items()}
+            for weights in (negative, positive)
+        )
+        self.places: list[Place] = []
+
+    def attach(self) -> None:
+        """Layers stay as they are."""
+
+    def detach(self) -> None:
+        """Layers are as they were."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.negative.values()
+        yield from self.positive.values()
+
+    def prepare(self, sample: Tensor) -> None:
+        if getattr(self.denoiser, "is_cache_enabled", False):
+            raise UserError("the denoiser caches what it computed for the other branch; call its disable_cache()")
+        self.places.clear()
+        for path, layer in base_layers(self.denoiser):
+            hook = offload_hook(layer)
+            for name, own in layer.named_parameters(recurse=False):
+                key = f"{path}.{name}" if path else name
+                if key not in self.negative:
+                    continue
+                self.places.append(Place(layer, name, key, hook))
+                for weights in (self.negative, self.positive):
+                    if key in weights:
+                        _match(weights[key], own, torch.device("cpu") if hook else sample.device)
+        if len(self.places) < len(self.negative):
+            missing = self.negative.keys() - {place.key for place in self.places}
+            raise UserError(f"the denoiser has lost {min(missing)} since guide() was called; detach and call it again")
+        for path, layer in self.denoiser.named_modules():
+            if isinstance(layer, BaseTunerLayer) and layer.merged:
+                raise UserError(
+                    f"a LoRA is fused into {path}, of which the negative's weights know nothing; call pipe.unfuse_lora(), "
+                    "so that both branches have it"
+                )
+
+    def evaluate(self, forward: Forward, arguments: dict[str, Any], part: Part) -> Any:
+        if part in ("none", "all"):
+            with self._in_place(self.negative if part == "all" else self.positive):
+                return forward(**arguments)
+        size = len(next(iter(arguments.values())))
+        halves = slice(size // 2), slice(size // 2, size)
+        in_turn = (self.negative, self.positive) if part == "first" else (self.positive, self.negative)
+        outputs = []
+        for rows, weights in zip(halves, in_turn, strict=True):
+            with self._in_place(weights):
+                outputs.append(forward(**{name: _take(name, value, rows, size) for name, value in arguments.items()}))
+        return _join(outputs)
+
+    @contextmanager
+    def _in_place(self, weights: dict[str, nn.Parameter]) -> Iterator[None]:
+        """These weights in the denoiser's layers; with no weights its own stay."""
+        if not weights:
+            yield
+            return
+        own = [place.hook.weights_map if place.hook else place.layer._parameters[place.name] for place in self.places]
+        try:
+            for place in self.places:
+                if place.hook:
+                    place.hook.weights_map = ChainMap({place.name: weights[place.key]}, place.hook.weights_map)
+                else:
+                    place.layer._parameters[place.name] = weights[place.key]
+            yield
+        finally:
+            for place, before in zip(self.places, own, strict=True):
+                if place.hook:
+                    place.hook.weights_map = before
+                else:
+                    place.layer._parameters[place.name] = before
+
+
+def _match(weight: nn.Parameter, own: Tensor, device: torch.device) -> None:
+    """As `own` in all that compiled code looks at, so that it takes either."""
+    data = weight.data.to(device, own.dtype)
+    if data.stride() != own.stride():
+        data = torch.empty_like(own, device=device).copy_(data)
+    weight.data = data
+    weight.requires_grad_(own.requires_grad)
+
+
+def _take(name: str, value: Any, rows: slice, size: int) -> Any:
+    """The rows of an argument, in new containers, for a denoiser may take its lists apart."""
+    if isinstance(value, Tensor):
+        is_batched = name not in NOT_BATCHED and value.ndim > 0 and len(value) == size
+        return value[rows] if is_batched else value
+    if isinstance(value, dict):
+        return {key: _take(key, each, rows, size) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_take(name, each, rows, size) for each in value)
+    return value
+
+
+def _join(outputs: list[Any]) -> Any:
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(outputs)
+    if isinstance(first, dict):  # diffusers' BaseOutput
+        return type(first)(**{key: _join([output[key] for output in outputs]) for key in first})
+    if isinstance(first, tuple):
+        return tuple(_join([*each]) for each in zip(*outputs, strict=True))
+    return first

@@ -1,0 +1,34 @@
+"""Arithmetic on weights: theta_neg = theta + alpha eta + beta delta."""
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor
+
+
+def mixed(theta: Tensor, negative: Tensor, positive: Tensor | None, alpha: float, beta: float) -> Tensor:
+    """One weight of theta + alpha eta + beta delta: exactly `negative` at beta = 1, `theta` at 0, theta - k delta at -k.
+
+    Args:
+        theta, negative, positive: weights of one shape: theta, theta + delta, theta + eta.
+    """
+    result = theta.lerp(negative, beta)
+    return result if positive is None else result.add_(positive - theta, alpha=alpha)
+
+
+@torch.no_grad()
+def mix_(
+    negative: ModelMixin, base: ModelMixin, positive: ModelMixin | None = None, alpha: float = 1.0, beta: float = 1.0
+) -> None:
+    """Give a negative model the strength that is wanted, in place, as Diffusion-NPO combines them.
+
+    Args:
+        negative: theta + delta, the result of the training; afterwards theta + alpha eta + beta delta.
+        base: theta.
+        positive: theta + eta, a preference-optimised or otherwise fine-tuned model that shall be the positive one.
+        alpha: share of eta in [0, 1]; 1 keeps what positive and negative have in common, so that it cancels.
+        beta: share of delta in [0, 1].
+    """
+    theta = [*base.parameters()]
+    tuned = [None] * len(theta) if positive is None else positive.parameters()
+    for weight, original, other in zip(negative.parameters(), theta, tuned, strict=True):
+        weight.copy_(mixed(original, weight, other, alpha, beta))

@@ -1,0 +1,57 @@
+"""What turns one denoiser into another, read for a denoiser that somebody else has built: whole weights or a LoRA."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from torch import Tensor, nn
+
+from selfnpo.models.denoiser import check_same_architecture, empty_denoiser, load_replacement
+from selfnpo.models.lora import Offset, is_lora, read_offsets
+from selfnpo.models.origin import ModelOptions
+
+Change = Mapping[str, Tensor] | Mapping[str, Offset]
+"""Weights by their names, or offsets by the paths of their layers."""
+# What load_ip_adapter puts into a UNet.
+IP_ADAPTER = ("encoder_hid_proj.", ".processor.")
+
+
+def read_change(
+    change: nn.Module | str | Path,
+    pipe: DiffusionPipeline,
+    component: str,
+    denoiser: ModelMixin,
+    shapes: Mapping[str, torch.Size],
+) -> Change:
+    """Weights or offsets that fit the denoiser of a pipeline.
+
+    Args:
+        change: a denoiser, or where one or a LoRA lies: a folder, a hub id or a file.
+        component: name of the denoiser in the pipeline.
+        shapes: of the denoiser's weights, by their names.
+
+    Raises:
+        UserError: it cannot be read or belongs to another architecture.
+    """
+    shapes = {key: shape for key, shape in shapes.items() if not any(part in key for part in IP_ADAPTER)}
+    if isinstance(change, nn.Module):
+        weights = dict(getattr(change, "_orig_mod", change).named_parameters())
+        name = f"the {type(change).__name__}"
+    else:
+        name, kind, config = str(change), type(denoiser), dict(denoiser.config)
+        base = getattr(pipe.config, "_name_or_path", None) or type(pipe).__name__
+        options = ModelOptions(pretrained_model_name_or_path=base, lora_name_or_path=name)
+        if config.get("encoder_hid_dim_type") == "ip_image_proj":
+            config["encoder_hid_dim_type"] = None
+        if is_lora(name, options):
+            reader = type(pipe)
+            if not hasattr(reader, "lora_state_dict") and hasattr(kind, "load_lora_adapter"):
+                reader = StableDiffusionLoraLoaderMixin  # some pipelines around a UNet that takes LoRAs have no reader
+            return read_offsets(empty_denoiser(kind, config), reader, component, options)
+        buffers = {key: each.shape for key, each in empty_denoiser(kind, config).state_dict().items() if key not in shapes}
+        model = load_replacement(kind, name, component, {**shapes, **buffers}, denoiser.dtype, options, base)
+        weights = dict(model.named_parameters())
+    check_same_architecture(name, shapes, {key: weight.shape for key, weight in weights.items()})
+    return weights
