@@ -21,6 +21,7 @@ from selfnpo_kernels import cfg_combine
 log = logging.getLogger("selfnpo")
 
 HOOK = "selfnpo_negative"
+COMPILE_FIRST = "the denoiser was compiled after guide() was called; compile first, then guide"
 
 
 class Guidance:
@@ -123,6 +124,10 @@ class Guidance:
             self._hook.is_inside = True
             setattr(owner, name, lambda *args, **kwargs: self.forward(code, *args, **kwargs))
 
+    def _is_compiled(self) -> bool:
+        in_place = self._denoiser._compiled_call_impl is not None
+        return in_place or getattr(getattr(self.pipe, self.component), "_orig_mod", None) is self._denoiser
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """The weights go wherever the denoiser is moved, by the pipeline or by accelerate."""
         for tensor in self.branches.tensors():
@@ -131,6 +136,8 @@ class Guidance:
 
     def forward(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         """The denoiser's output, a part of it by the negative."""
+        if self._compiled is None and self._is_compiled():
+            raise UserError(COMPILE_FIRST)
         arguments = self._calls.arguments(*args, **kwargs)
         with self._lock:
             if self._calls.starts_run(arguments):
@@ -191,9 +198,7 @@ class _Hook(ModelHook):
             return self.fn_ref.original_forward(*args, **kwargs)
         return self._outside(*args, **kwargs)
 
-    @torch.compiler.disable(
-        recursive=False, reason="guide() came before torch.compile(..., fullgraph=True); compile first, then guide"
-    )
+    @torch.compiler.disable(reason=COMPILE_FIRST)
     def _outside(self, *args: Any, **kwargs: Any) -> Any:
         return self.guided(self.fn_ref.original_forward, *args, **kwargs)
 

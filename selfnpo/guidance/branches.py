@@ -7,6 +7,8 @@ from typing import Any, Literal
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from selfnpo.errors import UserError
+
 Part = Literal["none", "first", "second", "all"]
 """What the negative answers of a batch: nothing, one of its halves, or all of it."""
 Forward = Callable[..., Any]
@@ -68,3 +70,14 @@ def offload_hook(layer: nn.Module) -> Any:
     """accelerate's hook that brings a layer's weights for every call, or None."""
     hook = getattr(layer, "_hf_hook", None)
     return next((each for each in getattr(hook, "hooks", (hook,)) if getattr(each, "offload", False)), None)
+
+
+def check_projections(denoiser: nn.Module) -> None:
+    """Raises: UserError where diffusers computes with joined copies of layers, past the layers themselves."""
+    for path, layer in denoiser.named_modules():
+        processor = type(getattr(layer, "processor", None)).__name__
+        # Attention of old does not tell by its flag that it is no longer fused.
+        if processor.startswith("Fused") or (
+            getattr(layer, "fused_projections", False) and hasattr(layer, "unfuse_projections")
+        ):
+            raise UserError(f"the projections of {path} are fused, past the negative; call pipe.unfuse_qkv_projections()")

@@ -10,8 +10,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional
 
-from selfnpo.errors import UserError
-from selfnpo.guidance.branches import Branches, Forward, Part, base_layers
+from selfnpo.guidance.branches import Branches, Forward, Part, base_layers, check_projections
 from selfnpo.models.lora import Offset
 
 Shares = list[tuple[Mapping[str, Offset], float]]
@@ -59,12 +58,7 @@ class LowRank(Branches):
     def prepare(self, sample: Tensor) -> None:
         for tensor in self.tensors():
             tensor.data = tensor.data.to(sample.device, sample.dtype)
-        for path, layer in self.denoiser.named_modules():
-            if getattr(layer, "fused_projections", False):
-                raise UserError(
-                    f"the projections of {path} are fused, so that the negative's offsets have no effect; call "
-                    "pipe.unfuse_qkv_projections()"
-                )
+        check_projections(self.denoiser)
 
     def evaluate(self, forward: Forward, arguments: dict[str, Any], part: Part) -> Any:
         self.part = part

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from selfnpo.errors import UserError
-from selfnpo.guidance.branches import Branches, Forward, Part, base_layers, offload_hook
+from selfnpo.guidance.branches import Branches, Forward, Part, base_layers, check_projections, offload_hook
 
 # The same for every sample, whatever their first size.
 NOT_BATCHED = {"image_rotary_emb", "ofs", "ip_adapter_masks"}
@@ -59,6 +59,7 @@ class WholeWeights(Branches):
     def prepare(self, sample: Tensor) -> None:
         if getattr(self.denoiser, "is_cache_enabled", False):
             raise UserError("the denoiser caches what it computed for the other branch; call its disable_cache()")
+        check_projections(self.denoiser)
         self.places.clear()
         for path, layer in base_layers(self.denoiser):
             hook = offload_hook(layer)

@@ -27,7 +27,6 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
-    StableDiffusionPipeline,
     StableDiffusionXLAutoBlocks,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,

@@ -284,7 +284,7 @@ def test_models_that_do_not_fit(models, tmp_path, refused):
     refused(models("class_conditional"), xl, "but diffusers has no LoRA for DiTPipeline")
     refused(base, models("class_conditional"), "holds no config.json and no unet/config.json")
     (tmp_path / "broken.safetensors").write_bytes(b"no weights")
-    refused(base, tmp_path / "broken.safetensors", "broken.safetensors could not be loaded")
+    refused(base, tmp_path / "broken.safetensors", "broken.safetensors could not be read as safetensors")
 
     cut = fine_tune(base, tmp_path / "cut", 1)
     content = load_file(cut / WEIGHTS)
