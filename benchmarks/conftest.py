@@ -9,7 +9,18 @@ import torch
 
 from selfnpo.env import describe
 
-HEADER = ("op", "size", "kernel ms", "eager ms", "compile ms", "x eager", "x compile", "GB/s", "of copy")
+TABLES = {  # by the entry of extra_info that holds their rows
+    "row": (
+        "fused ops against PyTorch",
+        "of copy: bytes that the op must move, against tensor.copy_",
+        ("op", "size", "kernel ms", "eager ms", "compile ms", "x eager", "x compile", "GB/s", "of copy"),
+    ),
+    "guidance": (
+        "guided evaluation with a negative model",
+        "times as multiples of plain guidance with one model; two calls: positive and negative, written by hand",
+        ("model", "batch", "plain ms", "whole weights", "LoRA", "two calls"),
+    ),
+}
 
 
 def pytest_configure():
@@ -48,14 +59,14 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    session = getattr(config, "_benchmarksession", None)
-    rows = [bench.extra_info["row"] for bench in session.benchmarks if "row" in bench.extra_info] if session else []
-    if not rows:
-        return
-    about = describe()
-    terminalreporter.section("fused ops against PyTorch")
-    terminalreporter.line(f"{about['gpu'] if torch.cuda.is_available() else about['cpu']}, torch {torch.__version__}")
-    terminalreporter.line("medians of interleaved rounds; of copy: bytes that the op must move, against tensor.copy_")
-    terminalreporter.line("")
-    for row in (HEADER, tuple("-" for _ in HEADER), *rows):
-        terminalreporter.line("| " + " | ".join(map(str, row)) + " |")
+    session, about = getattr(config, "_benchmarksession", None), describe()
+    for name, (title, legend, header) in TABLES.items():
+        rows = [bench.extra_info[name] for bench in session.benchmarks if name in bench.extra_info] if session else []
+        if not rows:
+            continue
+        terminalreporter.section(title)
+        terminalreporter.line(f"{about['gpu'] if torch.cuda.is_available() else about['cpu']}, torch {torch.__version__}")
+        terminalreporter.line(f"medians of interleaved rounds; {legend}")
+        terminalreporter.line("")
+        for row in (header, tuple("-" for _ in header), *rows):
+            terminalreporter.line("| " + " | ".join(map(str, row)) + " |")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -35,7 +36,7 @@ def read_change(
     Raises:
         UserError: it cannot be read or belongs to another architecture.
     """
-    shapes = {key: shape for key, shape in shapes.items() if not any(part in key for part in IP_ADAPTER)}
+    shapes = _own(shapes)
     if isinstance(change, nn.Module):
         weights = dict(getattr(change, "_orig_mod", change).named_parameters())
         name = f"the {type(change).__name__}"
@@ -53,5 +54,11 @@ def read_change(
         buffers = {key: each.shape for key, each in empty_denoiser(kind, config).state_dict().items() if key not in shapes}
         model = load_replacement(kind, name, component, {**shapes, **buffers}, denoiser.dtype, options, base)
         weights = dict(model.named_parameters())
+    weights = _own(weights)
     check_same_architecture(name, shapes, {key: weight.shape for key, weight in weights.items()})
     return weights
+
+
+def _own(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without an IP-Adapter's, which stay in both branches."""
+    return {key: value for key, value in values.items() if not any(part in key for part in IP_ADAPTER)}

@@ -86,6 +86,21 @@ def ddim(folder: Path) -> DiffusionPipeline:
     return DDIMPipeline(load(folder).unet, DDIMScheduler())
 
 
+def with_ip_adapter(folder: Path) -> DiffusionPipeline:
+    pipe = load(folder)
+    width, image_width, keys = tiny.WIDTH, 12, {}
+    for number, name in enumerate(name for name in pipe.unet.attn_processors if "attn2" in name):
+        size = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape[0]
+        for layer in ("to_k_ip", "to_v_ip"):
+            keys[f"{2 * number + 1}.{layer}.weight"] = torch.randn(size, width)
+    projection = {
+        "proj.weight": torch.randn(4 * width, image_width), "proj.bias": torch.zeros(4 * width),
+        "norm.weight": torch.ones(width), "norm.bias": torch.zeros(width),
+    }  # fmt: skip
+    pipe.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": keys}])
+    return pipe
+
+
 def modular(folder: Path) -> ModularPipeline:
     """Asks the denoiser twice per step, and its guider what for."""
     base = load(folder)
@@ -153,6 +168,7 @@ CASES = {
         partial(controlled, kind=StableDiffusionControlNetPipeline), SD, FROM_IMAGE | {"guess_mode": True}
     ),
     "T2I-Adapter": Case(adapted, SD, FROM_IMAGE),
+    "IP-Adapter": Case(with_ip_adapter, SD, TEXT | {"ip_adapter_image_embeds": [torch.linspace(-1, 1, 24).view(2, 1, 12)]}),
     "SDXL": Case(load, XL, TEXT),
     "SDXL, image to image": Case(partial(load, kind=StableDiffusionXLImg2ImgPipeline), XL, FROM_IMAGE | {"strength": 0.9}),
     "SDXL, inpainting": Case(partial(load, kind=StableDiffusionXLInpaintPipeline), XL, MASKED),
@@ -182,8 +198,9 @@ def changed(denoiser: ModelMixin, seed: int = 1) -> ModelMixin:
     copy = deepcopy(denoiser)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for weight in copy.parameters():
-            weight += 0.05 * torch.randn(weight.shape, generator=generator)
+        for name, weight in copy.named_parameters():
+            if "processor" not in name and "encoder_hid_proj" not in name:  # an IP-Adapter, which no negative has
+                weight += 0.05 * torch.randn(weight.shape, generator=generator)
     return copy
 
 

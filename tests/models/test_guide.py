@@ -18,6 +18,7 @@ LORA_CASES = [
     "text to image",
     "SDXL",
     "ControlNet",
+    "IP-Adapter",
     "T2I-Adapter",
     "CogVideoX",
     "CogVideoX, image to video",
