@@ -145,7 +145,7 @@ class Guidance:
             if self.extrapolation is not None:
                 return self._extrapolate(forward, arguments)
             is_first = not self.evaluations
-            part = self._calls.part(arguments, self._hook.context._context)
+            part = self._calls.part(arguments, self._hook.context.name)
             if is_first and self.evaluations:
                 self._announce()
             return self.branches.evaluate(forward, arguments, part)
@@ -176,19 +176,26 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-class _State(BaseState):
-    def reset(self) -> None: ...
+class _Context(StateManager):
+    """What the pipeline says that its next call is for, if it says so: the name of its cache context."""
+
+    def __init__(self):
+        super().__init__(BaseState)
+        self.name: str | None = None
+
+    def set_context(self, context: Any) -> None:
+        self.name = getattr(context, "name", context)  # diffusers before 0.40 gives the name alone
 
 
 class _Hook(ModelHook):
-    """Stateful, so that the cache contexts of a pipeline reach it, which say what a call is for."""
+    """Stateful, so that cache contexts reach it."""
 
     _is_stateful = True
 
     def __init__(self, guided: Callable[..., Any]):
         super().__init__()
         self.guided, self.is_inside = guided, False  # of compiled code, which has the branches around it
-        self.context = StateManager(_State)
+        self.context = _Context()
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         return module

@@ -56,18 +56,17 @@ class Calls:
         self._run = (lambda: None) if condition is None else weakref.ref(condition), *run
         return True
 
-    def part(self, arguments: dict[str, Any], context: Any) -> Part:
+    def part(self, arguments: dict[str, Any], context: str | None) -> Part:
         """What the negative answers of this call, of the run that `starts_run` last saw.
 
         Args:
-            context: diffusers' cache context of the call, if the pipeline has set one.
+            context: name of diffusers' cache context, if the pipeline has set one.
         """
         guider, sample = getattr(self._run[1], "guider", None), _sample(arguments)
-        name = getattr(context, "name", context)  # diffusers before 0.40 has the name alone
         if guider is not None:
             part = "none" if guider.is_conditional else "all"
-        elif name in ("cond", "uncond"):
-            part = "none" if name == "cond" else "all"
+        elif context in ("cond", "uncond"):
+            part = "none" if context == "cond" else "all"
         elif self.mode == "alternate":
             part = "all" if sample is self._last else "none"
             self._last = None if part == "all" else sample
@@ -79,7 +78,8 @@ class Calls:
     def _check_guided(self, running: Any, guides: bool | None) -> None:
         """A run without guidance is refused; a callback may end the guidance of one that is under way."""
         scale = getattr(running, "guidance_scale", None)  # some pipelines change it later on
-        if guides is None and isinstance(scale, (int, float)):
+        distilled = running is not None and "true_cfg_scale" in inspect.signature(type(running).__call__).parameters
+        if guides is None and isinstance(scale, (int, float)) and not distilled:  # where it would be an input of the model
             guides = scale > 1
         if guides is False and not self.answered:
             raise UserError(f"guidance_scale is {scale}: the negative would do nothing; call the pipeline with one above 1")

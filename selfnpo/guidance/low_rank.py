@@ -83,18 +83,18 @@ class _WithOffset:
 
     branches: LowRank | None = None  # of layers that peft makes in the image of one that has offsets
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output = super().__call__(x, *args, **kwargs)
+    def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # as `forward` calls it
+        output = super().__call__(input, *args, **kwargs)
         if self.branches is None:
             return output
-        part, half = self.branches.part, len(x) // 2
+        part, half = self.branches.part, len(input) // 2
         negative, positive = self.low_rank
         if part in ("first", "second"):
             first, second = (negative, positive) if part == "first" else (positive, negative)
-            self.add(first, x[:half], output[:half])
-            self.add(second, x[half:], output[half:])
+            self.add(first, input[:half], output[:half])
+            self.add(second, input[half:], output[half:])
         else:
-            self.add(negative if part == "all" else positive, x, output)
+            self.add(negative if part == "all" else positive, input, output)
         return output
 
     def add(self, factors: tuple[Tensor, Tensor] | None, x: Tensor, output: Tensor) -> None:

@@ -19,6 +19,8 @@ from selfnpo.guidance.branches import Branches, Forward, Part, base_layers, chec
 
 # The same for every sample, whatever their first size.
 NOT_BATCHED = {"image_rotary_emb", "ofs", "ip_adapter_masks"}
+# These may have several rows per sample, one per frame.
+CONDITIONS = {"encoder_hidden_states", "image_embeds"}
 
 
 class Place(NamedTuple):
@@ -86,12 +88,11 @@ class WholeWeights(Branches):
             with self._in_place(self.negative if part == "all" else self.positive):
                 return forward(**arguments)
         size = len(next(iter(arguments.values())))
-        halves = slice(size // 2), slice(size // 2, size)
         in_turn = (self.negative, self.positive) if part == "first" else (self.positive, self.negative)
         outputs = []
-        for rows, weights in zip(halves, in_turn, strict=True):
+        for half, weights in enumerate(in_turn):
             with self._in_place(weights):
-                outputs.append(forward(**{name: _take(name, value, rows, size) for name, value in arguments.items()}))
+                outputs.append(forward(**{name: _half(name, value, half, size) for name, value in arguments.items()}))
         return _join(outputs)
 
     @contextmanager
@@ -125,15 +126,20 @@ def _match(weight: nn.Parameter, own: Tensor, device: torch.device) -> None:
     weight.requires_grad_(own.requires_grad)
 
 
-def _take(name: str, value: Any, rows: slice, size: int) -> Any:
-    """The rows of an argument, in new containers, for a denoiser may take its lists apart."""
+def _half(name: str, value: Any, half: int, size: int) -> Any:
+    """The first or second half of an argument, in new containers, for a denoiser may take its lists apart.
+
+    Args:
+        size: of the whole batch.
+    """
     if isinstance(value, Tensor):
-        is_batched = name not in NOT_BATCHED and value.ndim > 0 and len(value) == size
-        return value[rows] if is_batched else value
+        rows = len(value) if value.ndim else 0
+        is_batched = (rows == size and name not in NOT_BATCHED) or (rows > 0 and rows % size == 0 and name in CONDITIONS)
+        return value.chunk(2)[half] if is_batched else value
     if isinstance(value, dict):
-        return {key: _take(key, each, rows, size) for key, each in value.items()}
+        return {key: _half(key, each, half, size) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_take(name, each, rows, size) for each in value)
+        return type(value)(_half(name, each, half, size) for each in value)
     return value
 
 

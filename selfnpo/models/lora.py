@@ -97,8 +97,11 @@ def _load(model: ModelMixin, kind: type[DiffusionPipeline], component: str, opti
         raise UserError(f"{name} is a LoRA, but diffusers has no LoRA for {kind.__name__}; expected a whole denoiser")
     options = replace(options, revision=options.revision if name == base else None)
     known = {"unet_config": model.config} if component == "unet" else {}
-    if not name.endswith(SINGLE_FILE) and find(name, LORA_FILE, options):
-        known["weight_name"] = LORA_FILE  # without a network diffusers must be told
+    # Without a network diffusers must be told.
+    if name.endswith(SINGLE_FILE):
+        known["weight_name"] = Path(name).name
+    elif find(name, LORA_FILE, options):
+        known["weight_name"] = LORA_FILE
     try:
         found = kind.lora_state_dict(
             name, return_lora_metadata=True, use_safetensors=True, local_files_only=options.local_files_only,

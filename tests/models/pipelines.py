@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     CogVideoXImageToVideoPipeline,
     CogVideoXTransformer3DModel,
     CogView4Pipeline,
@@ -22,6 +23,11 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     ModelMixin,
     ModularPipeline,
+    MotionAdapter,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
@@ -126,6 +132,30 @@ def cogview4() -> DiffusionPipeline:
     return CogView4Pipeline(None, None, tiny.autoencoder(), tiny.without_zeros(transformer), scheduler)
 
 
+def qwen() -> DiffusionPipeline:
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    return QwenImagePipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, tiny.without_zeros(transformer))
+
+
+def stable_diffusion_3() -> DiffusionPipeline:
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=16, caption_projection_dim=32, pooled_projection_dim=8, out_channels=4,
+    )  # fmt: skip
+    return StableDiffusion3Pipeline(
+        tiny.without_zeros(transformer), FlowMatchEulerDiscreteScheduler(), tiny.autoencoder(), *[None] * 6
+    )
+
+
+def animated(folder: Path) -> DiffusionPipeline:
+    adapter = MotionAdapter(block_out_channels=(16, 32), motion_layers_per_block=1, motion_num_attention_heads=2,
+                            motion_norm_num_groups=8)  # fmt: skip
+    return load(folder, AnimateDiffPipeline, motion_adapter=tiny.without_zeros(adapter))
+
+
 @dataclass(frozen=True)
 class Case:
     build: Callable[..., DiffusionPipeline]
@@ -156,6 +186,8 @@ EMBEDS = {
     name: torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(number))
     for number, name in enumerate(("prompt_embeds", "negative_prompt_embeds"))
 } | {"output_type": "latent"}
+MASKED_EMBEDS = EMBEDS | {name: torch.ones(1, 8).long() for name in ("prompt_embeds_mask", "negative_prompt_embeds_mask")}
+POOLED = {"pooled_prompt_embeds": torch.ones(1, 8), "negative_pooled_prompt_embeds": -torch.ones(1, 8)}
 SD, XL = "stable_diffusion", "stable_diffusion_xl"
 CASES = {
     "text to image": Case(load, SD, TEXT),
@@ -181,6 +213,9 @@ CASES = {
     "DDPM": Case(load, "unconditional", {"batch_size": 2, "output_type": "np"}),
     "DDIM": Case(ddim, "unconditional", {"batch_size": 2, "output_type": "np"}),
     "Wan": Case(wan, None, EMBEDS | {"num_frames": 5, "height": 32, "width": 32}),
+    "Qwen-Image": Case(qwen, None, MASKED_EMBEDS | {"height": 64, "width": 64, "true_cfg_scale": 4.0}),
+    "Stable Diffusion 3": Case(stable_diffusion_3, None, EMBEDS | POOLED | {"height": 64, "width": 64}),
+    "AnimateDiff": Case(animated, SD, {"prompt": "a cat", "num_frames": 3, "output_type": "latent"}),
     "CogView4": Case(cogview4, None, EMBEDS | {"height": 64, "width": 64}),
 }
 

@@ -13,12 +13,14 @@ from selfnpo import guide
 from selfnpo.errors import UserError
 from selfnpo.models.lora import LORA_FILE
 
-TWO_CALLS = {"SDXL, modular", "Wan", "CogView4"}
+TWO_CALLS = {"SDXL, modular", "Wan", "CogView4", "Qwen-Image"}
 LORA_CASES = [
     "text to image",
     "SDXL",
     "ControlNet",
     "IP-Adapter",
+    "AnimateDiff",
+    "Stable Diffusion 3",
     "T2I-Adapter",
     "CogVideoX",
     "CogVideoX, image to video",
