@@ -117,9 +117,9 @@ def _on(value: Tensor | tuple[Tensor, ...], device: torch.device) -> Tensor | tu
 
 def _class_number(text: str, count: int, labelled: bool) -> int:
     if not labelled:
-        raise UserError(f"validation_prompt is {text!r}, but the model is unconditional; leave it out")
+        raise UserError(f"the prompt for pictures is {text!r}, but the model is unconditional; leave it out")
     if not text.isdecimal() or int(text) >= count:
-        raise UserError(f"validation_prompt is {text!r}; expected a class number from 0 to {count - 1} for this model")
+        raise UserError(f"the prompt for pictures is {text!r}; expected a class number from 0 to {count - 1} for this model")
     return int(text)
 
 
