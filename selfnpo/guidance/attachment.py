@@ -14,7 +14,7 @@ from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
 
 from selfnpo.errors import UserError
-from selfnpo.guidance.branches import Branches, Forward
+from selfnpo.guidance.branches import Branches, Forward, Part
 from selfnpo.guidance.calls import Calls, Mode
 from selfnpo_kernels import cfg_combine
 
@@ -70,7 +70,8 @@ class Guidance:
         if HOOK in registry.hooks:
             kind = type(self.pipe).__name__
             raise UserError(f"the {self.component} of this {kind} already has a negative; detach that one first")
-        self._denoiser, self._calls, self._hook = denoiser, Calls(denoiser, self.mode), _Hook(self.forward)
+        self._denoiser, self._hook = denoiser, _Hook(self.forward)
+        self._calls = Calls(denoiser, self.mode, self.extrapolation is not None)
         self.branches.attach()
         with _beneath_accelerate(denoiser):
             registry.register_hook(self._hook, HOOK)
@@ -142,33 +143,24 @@ class Guidance:
         with self._lock:
             if self._calls.starts_run(arguments):
                 self.branches.prepare(next(iter(arguments.values())))
-            if self.extrapolation is not None:
-                return self._extrapolate(forward, arguments)
-            is_first = not self.evaluations
             part = self._calls.part(arguments, self._hook.context.name)
-            if is_first and self.evaluations:
-                self._announce()
-            return self.branches.evaluate(forward, arguments, part)
+            if part != "none" and self.evaluations == 1:  # at a level that is shown: unused, it would look the same
+                log.warning("%s is active in %s", self.description, type(self.pipe).__name__)
+            if self.extrapolation is None:
+                return self.branches.evaluate(forward, arguments, part)
+            return self._extrapolate(forward, arguments, part)
 
-    def _extrapolate(self, forward: Forward, arguments: dict[str, Any]) -> Any:
+    def _extrapolate(self, forward: Forward, arguments: dict[str, Any], part: Part) -> Any:
         """(w + 1) positive - w negative, both of the whole batch."""
         size = len(next(iter(arguments.values())))
         both = {
             name: torch.cat((value, value)) if isinstance(value, Tensor) and value.ndim and len(value) == size else value
             for name, value in arguments.items()
         }
-        if not self.evaluations:
-            self._announce()
-        self._calls.answered += 1
-        output = self.branches.evaluate(forward, both, "first")
+        output = self.branches.evaluate(forward, both, part)
         if isinstance(output, tuple):
             return (cfg_combine(output[0], self.extrapolation), *output[1:])
         return type(output)(sample=cfg_combine(output.sample, self.extrapolation))
-
-    def _announce(self) -> None:
-        """At a level that is shown: a negative that is not used looks like one that is."""
-        scale = "" if self.extrapolation is None else f", guidance_scale = {self.extrapolation:g}"
-        log.warning("%s is active in %s%s", self.description, type(self.pipe).__name__, scale)
 
 
 def uncompiled(module: nn.Module) -> nn.Module:

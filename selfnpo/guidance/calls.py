@@ -22,10 +22,11 @@ class Calls:
 
     Args:
         mode: "alternate" where every second call with the same sample is the unconditional one.
+        extrapolates: whether every call is one of both branches, for a pipeline without guidance.
     """
 
-    def __init__(self, denoiser: ModelMixin, mode: Mode):
-        self.config, self.mode = denoiser.config, mode
+    def __init__(self, denoiser: ModelMixin, mode: Mode, extrapolates: bool):
+        self.config, self.mode, self.extrapolates = denoiser.config, mode, extrapolates
         self.signature = inspect.signature(type(denoiser).forward)
         self.answered = 0  # by the negative
         self._run: tuple[Any, ...] = ()
@@ -39,21 +40,22 @@ class Calls:
         return {name: value for name, value in bound.items() if name != "self"} | further
 
     def starts_run(self, arguments: dict[str, Any]) -> bool:
-        """Whether the pipeline has begun anew. Its condition is one tensor from the first step to the last.
+        """Whether the pipeline has begun anew. Its condition and its timesteps are the same tensors in every step.
 
         Raises:
             UserError: it runs without guidance.
         """
         sample, condition = _sample(arguments), arguments.get("encoder_hidden_states", arguments.get("class_labels"))
         running = _running_pipeline()
+        constant = getattr(getattr(running, "scheduler", None), "timesteps", None) if condition is None else condition
         guides = getattr(running, "do_classifier_free_guidance", None)
         run = running, guides, sample.shape, sample.device, sample.dtype
-        if self._run and self._run[1:] == run and self._run[0]() is condition is not None:
+        if self._run and self._run[1:] == run and self._run[0]() is constant is not None:
             return False
         self._check_guided(running, guides)
         # Looks at values, for which the host waits: once a run, not in every step.
-        self._part = _doubled(arguments, self.config)
-        self._run = (lambda: None) if condition is None else weakref.ref(condition), *run
+        self._part = "first" if self.extrapolates else _doubled(arguments, self.config)
+        self._run = (lambda: None) if constant is None else weakref.ref(constant), *run
         return True
 
     def part(self, arguments: dict[str, Any], context: str | None) -> Part:

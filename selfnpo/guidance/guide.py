@@ -84,7 +84,8 @@ def guide(
     scale = _extrapolation(pipe, denoiser, guidance_scale)
     branches = _branches(pipe, component, denoiser, negative, positive, alpha, beta)
     name = type(negative).__name__ if isinstance(negative, nn.Module) else negative
-    guidance = Guidance(pipe, component, branches, f"negative {name} (alpha {alpha:g}, beta {beta:g})", scale, mode)
+    settings = f"alpha {alpha:g}, beta {beta:g}" + ("" if scale is None else f", guidance_scale {scale:g}")
+    guidance = Guidance(pipe, component, branches, f"negative {name} ({settings})", scale, mode)
     guidance.attach()
     return guidance
 

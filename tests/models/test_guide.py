@@ -183,6 +183,30 @@ def test_extrapolation_has_a_scale(models):
     assert results[1].equal(results[2])
 
 
+def test_a_callback_may_end_guidance(models, caplog):
+    """As diffusers' documentation shows it, to save time in the last steps."""
+    case = CASES["text to image"]
+    pipe = case.pipe(models)
+
+    def end(pipe, step, time, tensors):
+        if step == 1:
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+            pipe._guidance_scale = 0.0
+        return tensors
+
+    negative, call = (
+        changed(pipe.unet),
+        {"callback_on_step_end": end, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
+    )
+    plain = case.run(pipe, **call)
+    with guide(pipe, negative) as guidance:
+        shorter = case.run(pipe, **call)
+        assert guidance.evaluations == 2
+        assert "the negative does nothing in what follows" in caplog.text
+        assert not case.run(pipe).equal(shorter)
+    assert not shorter.equal(plain)
+
+
 def test_a_prompt_alone_is_no_guidance(models):
     """Two samples from equal noise without guidance look like a doubled batch, and are none."""
     pipe = CASES["CogVideoX"].pipe(models)
