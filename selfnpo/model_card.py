@@ -10,6 +10,7 @@ from huggingface_hub import ModelCardData
 from selfnpo.cli import as_flags
 from selfnpo.config import TrainConfig, to_yaml
 from selfnpo.models import DEMO, Family, ModelOptions, SampleOptions
+from selfnpo.models.origin import SINGLE_FILE
 
 _USE = """\
 ## How to use it
@@ -23,8 +24,22 @@ python -m selfnpo.sample {base} --negative {negative} \\
     {prompt}--guidance_scale {scale:g} --num_images 4
 ```
 
-`--beta` weakens it (theta + beta delta), `--positive` and `--alpha` combine it with a fine-tuned positive model
+{diffusers}`--beta` weakens it (theta + beta delta), `--positive` and `--alpha` combine it with a fine-tuned positive model
 (theta + alpha eta + beta delta), `--guidance_scale` is w + 1; it was shown with alpha = 1, beta = 1, w = {w:g}."""
+
+_IN_DIFFUSERS = """\
+or in a pipeline of diffusers:
+
+```python
+from diffusers import {pipeline}
+from selfnpo import guide
+
+pipe = {pipeline}.from_pretrained("{base}")
+with guide(pipe, "{negative}"):
+    output = pipe("a lighthouse in a storm", guidance_scale={scale:g})
+```
+
+"""
 
 
 def model_card(
@@ -40,6 +55,9 @@ def model_card(
     tags = ["self-npo", "negative-preference-optimization", "diffusers", family.name, *(["lora"] if config.rank else [])]
     data = ModelCardData(base_model=hub_id, library_name="diffusers", tags=tags)
     scale = config.validation_guidance_scale or family.guidance_scale
+    negative = config.hub_model_id if config.push_to_hub else config.output_dir / "negative"
+    is_pipeline = (config.denoiser_name_or_path, config.lora_name_or_path) == (None, None) and not base.endswith(SINGLE_FILE)
+    in_diffusers = _IN_DIFFUSERS.format(pipeline=family.pipeline_name, base=base, negative=negative, scale=scale)
     return "\n\n".join(
         (
             f"---\n{data.to_yaml()}\n---",
@@ -48,9 +66,10 @@ def model_card(
             "(https://arxiv.org/abs/2505.11777)): without data beyond those that the settings name, and without a reward.",
             _USE.format(
                 base=_base(config),
-                negative=config.hub_model_id if config.push_to_hub else config.output_dir / "negative",
+                negative=negative,
                 prompt='--prompt "a lighthouse in a storm" ' if family.takes_prompts else "",
                 scale=scale,
+                diffusers=in_diffusers if family.takes_prompts and is_pipeline else "",
                 w=scale - 1,
             ),
             f"## Cost\n\nEnded: {status}.\n\n" + _table(cost),

@@ -159,6 +159,12 @@ def test_folders_ids_files_and_modules(models, tmp_path, put_in_cache):
         with guide(pipe, origin):
             results.append(case.run(pipe))
     assert all(result.equal(results[0]) for result in results)
+    put_in_cache(save_lora(tmp_path / "lora", pipe)[0], "someone/lora")
+    with guide(pipe, "someone/lora"):
+        from_hub = case.run(pipe)
+    with guide(pipe, tmp_path / "lora"):
+        assert case.run(pipe).equal(from_hub)
+    assert not from_hub.equal(results[0])
 
 
 def test_two_calls_without_cache_contexts(models):

@@ -1,6 +1,8 @@
 """What a run leaves: plain diffusers and ComfyUI load it, pictures and figures tell of it."""
 
 import json
+import re
+from functools import partialmethod
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ LORA_FAMILIES = ["stable_diffusion", "stable_diffusion_xl", "cogvideox"]  # of w
 
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_result_loads_in_plain_diffusers_and_changes_its_output(models, tmp_path, family, rank):
+def test_the_result_loads_in_plain_diffusers_and_changes_its_output(models, tmp_path, monkeypatch, caplog, family, rank):
     trainer = start(settings(models(family), rank=rank, learning_rate=1e-2), tmp_path)
     trainer.run()
     state = trainer.state
@@ -47,6 +49,11 @@ def test_the_result_loads_in_plain_diffusers_and_changes_its_output(models, tmp_
     card = (folder / "README.md").read_text()
     for text in ("library_name: diffusers", "alpha = 1, beta = 1", "samples per second", f"rank: {rank}"):
         assert text in card
+    if family.startswith("stable_diffusion"):
+        monkeypatch.setattr(type(pipeline), "__call__", partialmethod(type(pipeline).__call__, num_inference_steps=3))
+        (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        exec(code, {})
+        assert "is active in" in caplog.text
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl"])
