@@ -40,14 +40,15 @@ class Calls:
         return {name: value for name, value in bound.items() if name != "self"} | further
 
     def starts_run(self, arguments: dict[str, Any]) -> bool:
-        """Whether the pipeline has begun anew. Its condition and its timesteps are the same tensors in every step.
+        """Whether the pipeline has begun anew: its timesteps are one tensor in all steps (without a pipeline, its condition).
 
         Raises:
             UserError: it runs without guidance.
         """
-        sample, condition = _sample(arguments), arguments.get("encoder_hidden_states", arguments.get("class_labels"))
-        running = _running_pipeline()
-        constant = getattr(getattr(running, "scheduler", None), "timesteps", None) if condition is None else condition
+        sample, running = _sample(arguments), _running_pipeline()
+        constant = getattr(getattr(running, "scheduler", None), "timesteps", None)
+        if constant is None:
+            constant = arguments.get("encoder_hidden_states", arguments.get("class_labels"))
         guides = getattr(running, "do_classifier_free_guidance", None)
         run = running, guides, sample.shape, sample.device, sample.dtype
         if self._run and self._run[1:] == run and self._run[0]() is constant is not None:

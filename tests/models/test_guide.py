@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from types import MethodType
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -187,6 +188,18 @@ def test_extrapolation_has_a_scale(models):
             results.append(CASES["DDPM"].run(pipe))
     assert not results[0].equal(results[1])
     assert results[1].equal(results[2])
+
+
+@pytest.mark.parametrize("name", ["text to image", "CogVideoX", "DiT", "DDPM", "Wan", "SDXL, modular"])
+def test_values_are_looked_at_once_a_run(models, name):
+    """In every further step the host waits for nothing."""
+    case = CASES[name]
+    pipe = case.pipe(models)
+    guidance = guide(pipe, changed(denoiser_of(pipe)))
+    with guidance, patch.object(guidance.branches, "prepare", wraps=guidance.branches.prepare) as prepare:
+        case.run(pipe)
+        case.run(pipe)
+    assert prepare.call_count == 2
 
 
 def test_a_callback_may_end_guidance(models, caplog):
