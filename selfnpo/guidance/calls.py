@@ -40,7 +40,7 @@ class Calls:
         return {name: value for name, value in bound.items() if name != "self"} | further
 
     def starts_run(self, arguments: dict[str, Any]) -> bool:
-        """Whether the pipeline has begun anew: its timesteps are one tensor in all steps (without a pipeline, its condition).
+        """Whether the pipeline has begun anew: its timesteps are one tensor in all steps (without a pipeline the condition).
 
         Raises:
             UserError: it runs without guidance.
