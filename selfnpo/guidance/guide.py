@@ -8,6 +8,7 @@ the denoiser itself but its negative, so that the result is (w + 1) eps_pos - w 
 """
 
 import inspect
+import math
 from pathlib import Path
 
 import torch
@@ -68,8 +69,8 @@ def guide(
     """
     kind = type(pipe).__name__
     for name, value in (("alpha", alpha), ("beta", beta)):
-        if not force and not 0 <= value <= 1:
-            raise UserError(f"{name} is {value}; expected a value from 0 to 1 (force=True allows others)")
+        if not (math.isfinite(value) if force else 0 <= value <= 1):
+            raise UserError(f"{name} is {value}; expected a value from 0 to 1 (force=True allows others that are finite)")
     if alpha != 1 and positive is None:
         raise UserError(f"alpha is {alpha}, which is a share of the positive's offset; pass positive= or leave alpha out")
     if mode not in ("auto", "alternate"):

@@ -44,9 +44,10 @@ def refused(pipe):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"beta": 1.5}, "beta is 1.5; expected a value from 0 to 1 (force=True allows others)"),
+        ({"beta": 1.5}, "beta is 1.5; expected a value from 0 to 1 (force=True allows others that are finite)"),
         ({"beta": -0.1}, "beta is -0.1; expected"),
         ({"beta": float("nan")}, "beta is nan; expected"),
+        ({"beta": float("inf"), "force": True}, "beta is inf; expected"),
         ({"alpha": 2}, "alpha is 2; expected"),
         ({"alpha": 0.5}, "alpha is 0.5, which is a share of the positive's offset; pass positive="),
         ({"mode": "twice"}, "mode is 'twice'; expected 'auto' or 'alternate'"),
