@@ -33,7 +33,7 @@ def decode_frames(base: PretrainedModel, samples: Tensor) -> Iterator[Tensor]:
     vae.to(base.device)
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     for sample in tqdm(samples, desc="decode", leave=False, disable=None):
-        yield _decode(vae, sample[None].float() / vae.config.scaling_factor + shift)
+        yield _decode(vae, sample[None, base.padding :].float() / vae.config.scaling_factor + shift)
 
 
 def _decode(vae: torch.nn.Module, latent: Tensor) -> Tensor:

@@ -44,9 +44,14 @@ class CogVideoX(Family):
         if frames < 1 or (frames - 1) % FRAMES_PER_LATENT:
             near = max(0, round((frames - 1) / FRAMES_PER_LATENT)) * FRAMES_PER_LATENT + 1
             raise UserError(f"num_frames is {frames}; expected a multiple of {FRAMES_PER_LATENT} plus 1, such as {near}")
-        latent_frames = (frames - 1) // FRAMES_PER_LATENT + 1
-        latent_frames += -latent_frames % (config.get("patch_size_t") or 1)  # 1.5 pads, as its pipeline does
+        latent_frames = self._latent_frames(config, options) + self.padding(config, options)
         return latent_frames, config["in_channels"], height // scale, width // scale
+
+    def _latent_frames(self, config: Config, options: SampleOptions) -> int:
+        return ((options.num_frames or config["sample_frames"]) - 1) // FRAMES_PER_LATENT + 1
+
+    def padding(self, config: Config, options: SampleOptions) -> int:
+        return -self._latent_frames(config, options) % (config.get("patch_size_t") or 1)  # which 1.5 has
 
     def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (config["max_text_seq_length"], config["text_embed_dim"])}

@@ -81,6 +81,10 @@ class Family(ABC):
             UserError: a size that the family cannot have.
         """
 
+    def padding(self, config: Config, options: SampleOptions) -> int:
+        """How many of a video sample's first frames are there for the denoiser alone, and are not decoded."""
+        return 0
+
     def pixels(self, sample_shape: tuple[int, ...], scale: int) -> tuple[int, int]:
         """(height, width) in pixels of a sample."""
         return sample_shape[-2] * scale, sample_shape[-1] * scale

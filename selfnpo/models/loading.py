@@ -54,7 +54,8 @@ def load_pretrained(
     scheduler = source.scheduler
     conditions = _conditions(source, sample_shape, sizes, prompts, further_prompts, device, dtype, stream_conditions)
     denoiser = source.denoiser(weights_dtype).to(weights_device or device)
-    return PretrainedModel(source.family, denoiser, scheduler, conditions, sample_shape, device, dtype, source)
+    padding = source.family.padding(source.config, sizes)
+    return PretrainedModel(source.family, denoiser, scheduler, conditions, sample_shape, device, dtype, source, padding)
 
 
 def default_device() -> torch.device:

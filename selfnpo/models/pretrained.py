@@ -61,6 +61,7 @@ class PretrainedModel:
     device: torch.device = CPU
     dtype: torch.dtype = torch.float32  # of the network's arithmetic
     source: Source | None = None  # what else belongs to the model; None for models that no file holds
+    padding: int = 0  # see `Family.padding`
 
     @property
     def num_conditions(self) -> int:

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 import tiny
 from original_format import save_single_file
-from selfnpo.decode import decode_samples
+from selfnpo.decode import decode_frames, decode_samples
 from selfnpo.errors import UserError
 from selfnpo.models import ModelOptions, SampleOptions, Source, load_negative, load_pretrained
 from selfnpo.sampling import ddim_sample, start_noise
@@ -76,6 +76,24 @@ def test_sampling_equals_the_plain_pipeline(models, family):
     decoded = pipeline.decode_latents(expected)[:, :, [0, 2, 5, 8]] if "cogvideox" in family else None
     if decoded is not None:
         assert_close(images.view(2, 4, 3, 64, 64).transpose(1, 2), decoded)
+
+
+def test_padding_of_cogvideox_1_5_is_not_shown(models, tmp_path):
+    family = "cogvideox_rotary"
+    kind, scheduler = PIPELINES[family]
+    pipeline = kind.from_pretrained(models(family))
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    transformer = type(pipeline.transformer).from_config({**pipeline.transformer.config, "patch_size_t": 2})
+    pipeline.transformer = tiny.without_zeros(transformer).eval()
+    pipeline.save_pretrained(tmp_path)
+    model = load(tmp_path, PROMPTS)
+    noise = start_noise(model, 2, seed=1)
+    assert noise.shape[1] == 4  # 9 frames are 3 in latent space
+    options = {"num_frames": 9, "max_sequence_length": 16, "guidance_scale": SCALE, "num_inference_steps": STEPS}
+    expected = pipeline(PROMPTS, latents=noise, output_type="pt", return_dict=False, **options)[0]
+    latents = ddim_sample(model, noise, torch.arange(2), SCALE, num_inference_steps=STEPS)
+    frames = torch.stack([*decode_frames(model, latents)])
+    assert_close(frames.clamp(-1, 1) / 2 + 0.5, expected)
 
 
 @pytest.mark.parametrize("family", ["class_conditional", "unconditional", "unconditional_flat"])
