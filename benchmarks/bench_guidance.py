@@ -75,7 +75,6 @@ def bench_guided_evaluation(benchmark, unet, lora, batch_size):
         benchmark.pedantic(timers["whole"], rounds=ROUNDS)
     middle = {name: values[1] for name, values in seconds.items()}
     benchmark.extra_info["seconds"] = seconds
-    benchmark.extra_info["of plain"] = {name: value / middle["plain"] for name, value in middle.items()}
     ratios = (f"{middle[name] / middle['plain']:.2f}" for name in ("whole", "LoRA", "two calls"))
     benchmark.extra_info["guidance"] = NAME, batch_size, f"{middle['plain'] * 1e3:.3g}", *ratios
     benchmark.group = f"guided evaluation, {NAME}, batch {batch_size}"

@@ -34,10 +34,20 @@ def _flush(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file as a whole."""
-    partial = path.with_name(f".{path.name}{_PARTIAL}")
-    partial.write_text(text)
-    _flush(partial)
-    partial.replace(path)
+    with committed_file(path) as partial:
+        partial.write_text(text)
+
+
+@contextlib.contextmanager
+def committed_file(path: Path) -> Iterator[Path]:
+    """A name of the same suffix to write to; it takes the place of `path` when the block ends well, and vanishes if not."""
+    partial = path.with_name(f"{_PARTIAL}-{path.name}")
+    try:
+        yield partial
+        _flush(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

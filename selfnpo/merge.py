@@ -21,7 +21,7 @@ from selfnpo.checkpoint import committed_folder
 from selfnpo.cli import parse, run
 from selfnpo.errors import UserError
 from selfnpo.lora_files import model_spec
-from selfnpo.mixing import mixed
+from selfnpo.mixing import MixOptions, mixed
 from selfnpo.models import ModelOptions, Source
 from selfnpo.models.lora import is_lora, read_offsets
 from selfnpo.models.origin import SINGLE_FILE, find
@@ -37,21 +37,13 @@ ReadTuned = Callable[[str, Tensor], Tensor]  # likewise, given the base's
 
 
 @dataclass(frozen=True)
-class MergeConfig(ModelOptions):
+class MergeConfig(MixOptions, ModelOptions):
     """Write theta + alpha eta + beta delta, or theta - k delta, as one model."""
 
-    negative: Path = Path("runs/demo/negative")
-    """Folder, Hugging Face id or file of a trained negative model, full weights or LoRA: theta + delta."""
-    positive: Path | None = None
-    """Folder, id or file of a fine-tuned positive model, full weights or LoRA: theta + eta."""
-    alpha: float = 1.0
-    """Share of eta in the result: theta + alpha eta + beta delta."""
     beta: float = 1.0
     """Share of delta in the result."""
     extrapolate: float | None = None
     """k: write theta - k delta instead, a model to sample from that needs no negative."""
-    force: bool = False
-    """Allow alpha and beta outside [0, 1]."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Of the result; by default that of the base's files, float32 where these hold several or must be converted."""
     output_dir: Path = Path("merged")
@@ -239,13 +231,7 @@ def check(config: MergeConfig) -> None:
             raise UserError(f"extrapolate is {k}; expected a finite number above 0, the k of theta - k delta")
         if config.positive is not None or (config.alpha, config.beta) != (1, 1):
             raise UserError("extrapolate writes theta - k delta alone; leave out --positive, --alpha and --beta")
-    for name in ("alpha", "beta"):
-        value = getattr(config, name)
-        if not (math.isfinite(value) if config.force else 0 <= value <= 1):
-            hint = "a finite number" if config.force else "a value from 0 to 1, or any with --force"
-            raise UserError(f"{name} is {value}; expected {hint}")
-    if config.positive is None and config.alpha != 1:
-        raise UserError(f"alpha is {config.alpha}, a share of eta, but no positive is given; pass --positive")
+    config.check_shares([config.beta])
     folder = config.output_dir
     check_output(folder, config.overwrite)
     others = sorted(path.name for path in folder.glob("*") if not path.match(_file("*")) and path.name not in OURS)

@@ -1,8 +1,7 @@
 """Sample grids as PNG."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +11,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from selfnpo.checkpoint import committed_file
 
 DPI = 110
 GAP = 0.35  # gray between images
@@ -84,17 +85,6 @@ def _show(axis: plt.Axes, sheet: Tensor) -> None:
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
     """Write a figure whole or not at all, and close it."""
-    with written_whole(path) as partial:
+    with committed_file(path) as partial:
         figure.savefig(partial, format="png", dpi=DPI, bbox_inches="tight")
     plt.close(figure)
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, with its suffix; takes the place of `path` if all goes well, and vanishes if not."""
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from selfnpo.cli import parse, run
 from selfnpo.config import Precision, dtype_of, preset_config
 from selfnpo.decode import decode_frames, decode_samples
 from selfnpo.errors import UserError
+from selfnpo.mixing import MixOptions
 from selfnpo.models import ModelOptions, SampleOptions, Source, load_negative, load_pretrained
 from selfnpo.picture import save_comparison, save_table
 from selfnpo.sampling import plain_guidance, start_noise
@@ -22,23 +23,15 @@ from selfnpo.video import SUFFIXES, check_video, save_video, to_bytes
 
 
 @dataclass(frozen=True)
-class SampleConfig(SampleOptions, ModelOptions):
+class SampleConfig(MixOptions, SampleOptions, ModelOptions):
     """Sample with and without a negative model; several guidance scales or betas make a sweep."""
 
-    negative: Path = Path("runs/demo/negative")
-    """Folder or Hugging Face id of a trained negative model, full weights or LoRA: theta + delta."""
     prompt: tuple[str, ...] = ()
     """What to sample, cycled over the images: prompts, or class numbers; by default every class, or the empty prompt."""
-    positive: Path | None = None
-    """Folder or id of a fine-tuned positive model of the same architecture: theta + eta. By default the base itself."""
-    alpha: float = 1.0
-    """Share of eta in the negative: theta + alpha eta + beta delta."""
     beta: Annotated[tuple[float, ...], arg(aliases=("--betas",))] = (1.0,)
     """Share of delta in the negative; several make a sweep."""
     guidance_scale: Annotated[tuple[float, ...], arg(aliases=("--guidance_scales",))] = ()
     """w + 1 in eps = (w + 1) eps_pos - w eps_neg; by default the family's usual one. Several make a sweep."""
-    force: bool = False
-    """Allow alpha and beta outside [0, 1]."""
     num_images: int | None = None
     """Images, or videos, per method; by default 80 of the demo (10 in a sweep), 1 video, 4 of other models."""
     batch_size: int | None = None
@@ -71,11 +64,6 @@ def check(config: SampleConfig) -> None:
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"{name} is {value}; expected a value from {low} to {high}")
-    for name, values in (("alpha", (config.alpha,)), ("beta", config.beta)):
-        for value in values:
-            if not (math.isfinite(value) if config.force else 0 <= value <= 1):
-                hint = "a finite number" if config.force else "a value from 0 to 1, or any with --force"
-                raise UserError(f"{name} is {value}; expected {hint}")
     for scale in config.guidance_scale:
         if not 1 < scale <= 100:
             raise UserError(
@@ -87,10 +75,7 @@ def check(config: SampleConfig) -> None:
             raise UserError(f"{name} is {' '.join(map(str, values))}; expected different values")
     if not config.beta:
         raise UserError("beta is empty; expected one or more values, such as 0.5 1")
-    if config.alpha != 1 and config.positive is None:
-        raise UserError(
-            f"alpha is {config.alpha}, a share of eta, but no positive is given; pass --positive or leave it out"
-        )
+    config.check_shares(config.beta)
 
 
 def output_file(config: SampleConfig, is_video: bool) -> Path:

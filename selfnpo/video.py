@@ -9,8 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from selfnpo.checkpoint import committed_file
 from selfnpo.errors import UserError
-from selfnpo.picture import written_whole
 
 SUFFIXES = (".gif", ".mp4")
 GAP = 4  # pixels between videos
@@ -40,7 +40,7 @@ def save_video(path: Path, titles: list[str], panels: list[list[Tensor]], fps: i
     """
     frames = _frames(titles, panels)
     first = next(frames)
-    with written_whole(path) as partial:
+    with committed_file(path) as partial:
         if path.suffix == ".gif":
             first.save(partial, save_all=True, append_images=frames, duration=1000 / fps, loop=0)
             return

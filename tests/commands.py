@@ -5,8 +5,11 @@ import pytest
 from selfnpo import evaluate, merge, sample, train
 from selfnpo.cli import parse, run
 from selfnpo.config import parse_config
+from selfnpo.models import DEMO_FOLDER
 from selfnpo.world import base
 
+# Of `train`: a run of seconds.
+QUICK = ["--max_train_steps", "4", "--train_batch_size", "8", "--pretrained_model_name_or_path", str(DEMO_FOLDER)]
 MAINS = {
     "train": lambda args: train.main(parse_config(args)),
     "sample": lambda args: sample.main(parse(sample.SampleConfig, args)),

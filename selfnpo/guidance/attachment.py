@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
+from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
 from selfnpo.errors import UserError
@@ -65,7 +66,7 @@ class Guidance:
     def attach(self) -> None:
         """Raises: UserError if this or another negative is in the denoiser already."""
         module = getattr(self.pipe, self.component)
-        denoiser = uncompiled(module)
+        denoiser = unwrap_module(module)
         registry = HookRegistry.check_if_exists_or_initialize(denoiser)
         if HOOK in registry.hooks:
             kind = type(self.pipe).__name__
@@ -126,8 +127,8 @@ class Guidance:
             setattr(owner, name, lambda *args, **kwargs: self.forward(code, *args, **kwargs))
 
     def _is_compiled(self) -> bool:
-        in_place = self._denoiser._compiled_call_impl is not None
-        return in_place or getattr(getattr(self.pipe, self.component), "_orig_mod", None) is self._denoiser
+        module, denoiser = getattr(self.pipe, self.component), self._denoiser
+        return denoiser._compiled_call_impl is not None or (module is not denoiser and unwrap_module(module) is denoiser)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """The weights go wherever the denoiser is moved, by the pipeline or by accelerate."""
@@ -161,11 +162,6 @@ class Guidance:
         if isinstance(output, tuple):
             return (cfg_combine(output[0], self.extrapolation), *output[1:])
         return type(output)(sample=cfg_combine(output.sample, self.extrapolation))
-
-
-def uncompiled(module: nn.Module) -> nn.Module:
-    """The module in what torch.compile returns."""
-    return getattr(module, "_orig_mod", module)
 
 
 class _Context(StateManager):

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
+from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
 from selfnpo.errors import UserError
-from selfnpo.guidance.attachment import Guidance, uncompiled
+from selfnpo.guidance.attachment import Guidance
 from selfnpo.guidance.branches import Branches, base_weights
 from selfnpo.guidance.calls import Mode
 from selfnpo.guidance.low_rank import LowRank
@@ -81,7 +82,7 @@ def guide(
     component = next((name for name in DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)), None)
     if component is None:
         raise UserError(f"{kind} holds no unet and no transformer; expected a pipeline with a denoiser")
-    denoiser = uncompiled(getattr(pipe, component))
+    denoiser = unwrap_module(getattr(pipe, component))
     scale = _extrapolation(pipe, denoiser, guidance_scale)
     branches = _branches(pipe, component, denoiser, negative, positive, alpha, beta)
     name = type(negative).__name__ if isinstance(negative, nn.Module) else negative

@@ -20,12 +20,7 @@ Shares = list[tuple[Mapping[str, Offset], float]]
 class LowRank(Branches):
     """Offsets of the denoiser's weights for both branches."""
 
-    def __init__(
-        self,
-        denoiser: ModelMixin,
-        negative: Shares,
-        positive: Shares,
-    ):
+    def __init__(self, denoiser: ModelMixin, negative: Shares, positive: Shares):
         self.denoiser = denoiser
         self.part: Part = "none"
         self.offsets = {

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
 from selfnpo.models.denoiser import check_same_architecture, empty_denoiser, load_replacement
@@ -38,25 +39,21 @@ def read_change(
     """
     shapes = _own(shapes)
     if isinstance(change, nn.Module):
-        weights = dict(getattr(change, "_orig_mod", change).named_parameters())
-        name = f"the {type(change).__name__}"
-    else:
-        name, kind, config = str(change), type(denoiser), dict(denoiser.config)
-        base = getattr(pipe.config, "_name_or_path", None) or type(pipe).__name__
-        options = ModelOptions(pretrained_model_name_or_path=base, lora_name_or_path=name)
-        if config.get("encoder_hid_dim_type") == "ip_image_proj":
-            config["encoder_hid_dim_type"] = None
-        if is_lora(name, options):
-            reader = type(pipe)
-            if not hasattr(reader, "lora_state_dict") and hasattr(kind, "load_lora_adapter"):
-                reader = StableDiffusionLoraLoaderMixin  # some pipelines around a UNet that takes LoRAs have no reader
-            return read_offsets(empty_denoiser(kind, config), reader, component, options)
-        buffers = {key: each.shape for key, each in empty_denoiser(kind, config).state_dict().items() if key not in shapes}
-        model = load_replacement(kind, name, component, {**shapes, **buffers}, denoiser.dtype, options, base)
-        weights = dict(model.named_parameters())
-    weights = _own(weights)
-    check_same_architecture(name, shapes, {key: weight.shape for key, weight in weights.items()})
-    return weights
+        weights = _own(dict(unwrap_module(change).named_parameters()))
+        check_same_architecture(f"the {type(change).__name__}", shapes, {key: each.shape for key, each in weights.items()})
+        return weights
+    name, kind, config = str(change), type(denoiser), dict(denoiser.config)
+    base = getattr(pipe.config, "_name_or_path", None) or type(pipe).__name__
+    options = ModelOptions(pretrained_model_name_or_path=base, lora_name_or_path=name)
+    if not is_lora(name, options):
+        model = load_replacement(kind, name, component, shapes, denoiser.dtype, options, base)
+        return dict(model.named_parameters())
+    if config.get("encoder_hid_dim_type") == "ip_image_proj":
+        config["encoder_hid_dim_type"] = None
+    reader = type(pipe)
+    if not hasattr(reader, "lora_state_dict") and hasattr(kind, "load_lora_adapter"):
+        reader = StableDiffusionLoraLoaderMixin  # some pipelines around a UNet that takes LoRAs have no reader
+    return read_offsets(empty_denoiser(kind, config), reader, component, options)
 
 
 def _own(values: Mapping[str, Any]) -> dict[str, Any]:

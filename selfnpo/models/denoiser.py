@@ -96,8 +96,13 @@ def load_replacement(
             options = replace(options, variant=None)
     origin = Path(name) if name.endswith(SINGLE_FILE) else name
     model = load_denoiser(kind, origin, subfolder, dtype, options, layout)
-    check_same_architecture(name, expected, {key: tensor.shape for key, tensor in model.state_dict().items()})
+    check_same_architecture(name, expected, shapes_of(model))
     return model
+
+
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    """Of the weights, by their names."""
+    return {name: weight.shape for name, weight in model.named_parameters()}
 
 
 def check_same_architecture(name: str, expected: Mapping[str, torch.Size], got: Mapping[str, torch.Size]) -> None:

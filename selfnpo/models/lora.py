@@ -56,7 +56,10 @@ def merge_lora(
         UserError: the LoRA cannot be read, or belongs to another base.
     """
     _load(model, pipeline_class, component, options)
-    model.fuse_lora(lora_scale=options.lora_scale, safe_fusing=True, adapter_names=[ADAPTER])
+    try:
+        model.fuse_lora(lora_scale=options.lora_scale, safe_fusing=True, adapter_names=[ADAPTER])
+    except ValueError as error:
+        raise UserError(f"{options.lora_name_or_path} does not fit the base: {first_line(error)}") from error
     model.unload_lora()
     nn.Module.to(model, dtype)  # diffusers' own `to` would warn of modules to keep in float32, of which there are none
 
@@ -129,6 +132,8 @@ def _check_lora(name: str, state_dict: dict[str, Tensor], prefix: str, model: Mo
         raise UserError(f"{name} holds nothing for the {prefix.rstrip('.')}; expected a LoRA of this family")
     layers = dict(model.named_modules())
     for key, tensor in state_dict.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} holds weights that are inf or NaN, such as {key}; restore it from an intact copy")
         path, _, kind = key.removeprefix(prefix).partition(".lora")
         weight = getattr(layers.get(path), "weight", None)
         if kind.startswith(("_A", ".down")) and (weight is None or weight.shape[1] != tensor.shape[1]):

@@ -26,6 +26,7 @@ from selfnpo.models.denoiser import (
     load_denoiser,
     load_replacement,
     reason,
+    shapes_of,
 )
 from selfnpo.models.family import Config, Family
 from selfnpo.models.lora import merge_lora
@@ -191,8 +192,7 @@ class Source:
 
     def replacement(self, name: str, dtype: torch.dtype) -> ModelMixin:
         """Another denoiser of the base's architecture: from its own folder, or from the pipeline that holds it."""
-        expected = {key: tensor.shape for key, tensor in self.empty_denoiser().state_dict().items()}
-        kind = self.family.denoiser_class
+        kind, expected = self.family.denoiser_class, shapes_of(self.empty_denoiser())
         return load_replacement(kind, name, self.component, expected, dtype, self.options, self.layout)
 
     def pipeline(self, wanted: tuple[str, ...], dtype: torch.dtype) -> DiffusionPipeline:

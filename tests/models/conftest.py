@@ -2,9 +2,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from diffusers import StableDiffusionPipeline
 from huggingface_hub import constants
 
+import pipelines
 import tiny
+from commands import call
+from fine_tunes import changed
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +37,32 @@ def put_in_cache(tmp_path, monkeypatch):
         (repository / "refs" / "main").write_text("0" * 40)
 
     return put
+
+
+@pytest.fixture
+def pipe(models):
+    """A plain diffusers pipeline, text to image."""
+    return pipelines.load(models("stable_diffusion"), StableDiffusionPipeline)
+
+
+@pytest.fixture
+def negative_of(tmp_path):
+    """A negative of either kind for a pipeline: a denoiser, or the folder of a LoRA."""
+
+    def make(kind, pipe):
+        return changed(pipe.unet) if kind == "whole" else pipelines.save_lora(tmp_path / "negative", pipe)[0]
+
+    return make
+
+
+@pytest.fixture
+def merged(tmp_path):
+    """Runs the command and returns the folder that it wrote."""
+
+    def run(base, negative, *flags):
+        folder = tmp_path / "merged"
+        model = ("--pretrained_model_name_or_path", base, "--negative", negative, "--output_dir", folder, "--overwrite")
+        assert call("merge", *model, *flags) == 0
+        return folder
+
+    return run

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from pipelines import CASES, SD, changed, denoiser_of, load, save_lora
+
+from fine_tunes import changed
+from pipelines import CASES, SD, denoiser_of, load, save_lora
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -39,6 +41,7 @@ def tiny_models(models, tmp_path, monkeypatch):
 def test_python(tiny_models, page, caplog):
     names = {}
     for block in PAGES[page]:
+        names.pop("image", None)
         exec(compile(block, page, "exec"), names)
         if "guide(" in block:
             assert isinstance(names["image"], Image.Image)

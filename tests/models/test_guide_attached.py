@@ -10,32 +10,16 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
-from pipelines import CASES, IMAGE, SD, changed, load, save_lora
 from safetensors.torch import load_file
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 
+from fine_tunes import changed
+from pipelines import CASES, CLOSE, IMAGE, save_lora
 from selfnpo import guide
 from selfnpo.errors import UserError
 
 CASE = CASES["text to image"]
-CLOSE = {"rtol": 0, "atol": 5e-5}  # see test_guide.py
 KINDS = ["whole", "lora"]
-
-
-@pytest.fixture
-def pipe(models):
-    return load(models(SD), StableDiffusionPipeline)
-
-
-@pytest.fixture
-def negative_of(tmp_path):
-    """A negative of either kind for a pipeline: a denoiser, or the folder of a LoRA."""
-
-    def make(kind, pipe):
-        return changed(pipe.unet) if kind == "whole" else save_lora(tmp_path / "negative", pipe)[0]
-
-    return make
 
 
 def state(module: nn.Module) -> dict:
@@ -226,6 +210,7 @@ def test_offloading(pipe, negative_of, kind, offload, when):
     with guide(pipe, negative):
         if when != "before":
             enable()
+        assert hasattr(pipe.unet, "_hf_hook")
         for _ in range(2):  # a pipeline makes its hooks anew after every run
             assert CASE.run(pipe).equal(expected)
         remove_hook_from_module(pipe.unet, recurse=True)
@@ -250,63 +235,6 @@ def test_a_given_model_stays_as_it_is(pipe):
         pipe.to(torch.float64)
         CASE.run(pipe)
     assert all(weight.equal(weights[name]) for name, weight in negative.state_dict().items())
-
-
-@pytest.mark.parametrize("way", ["module", "in place", "blocks"])
-def test_one_compiled_graph_serves_both_weights(pipe, way):
-    negative, counter = changed(pipe.unet), CompileCounter()
-    with guide(pipe, negative):
-        expected = CASE.run(pipe)
-    plain = CASE.run(pipe)
-    torch._dynamo.reset()
-    compile_(pipe, way, counter)
-    with guide(pipe, negative):
-        torch.testing.assert_close(CASE.run(pipe), expected, **CLOSE)
-        graphs = counter.frame_count
-    assert graphs == 1
-    torch.testing.assert_close(CASE.run(pipe), plain, **CLOSE)
-
-
-def compile_(pipe, way, backend):
-    if way == "module":
-        pipe.unet = torch.compile(pipe.unet, backend=backend, fullgraph=True, dynamic=False)
-    elif way == "in place":
-        pipe.unet.compile(backend=backend, fullgraph=True, dynamic=False)
-    else:
-        pipe.unet.mid_block.compile(backend=backend, fullgraph=True, dynamic=False)
-
-
-@pytest.mark.parametrize("way", ["module", "in place", "blocks"])
-def test_compiled_code_notices_a_lora(pipe, negative_of, way):
-    lora = negative_of("lora", pipe)
-    with guide(pipe, lora):
-        expected = CASE.run(pipe)
-    plain, counter = CASE.run(pipe), CompileCounter()
-    torch._dynamo.reset()
-    compile_(pipe, way, counter)
-    torch.testing.assert_close(CASE.run(pipe), plain, **CLOSE)
-    for _ in range(2):
-        with guide(pipe, lora):
-            torch.testing.assert_close(CASE.run(pipe), expected, **CLOSE)
-        torch.testing.assert_close(CASE.run(pipe), plain, **CLOSE)
-    if way != "blocks":
-        assert counter.frame_count == 2  # one plain, one with the offsets, however often that is attached
-
-
-@pytest.mark.parametrize("fullgraph", [False, True])
-def test_compiling_while_attached(pipe, fullgraph):
-    negative = changed(pipe.unet)
-    torch._dynamo.reset()
-    with guide(pipe, negative):
-        CASE.run(pipe)
-        pipe.unet.compile(backend="eager", fullgraph=fullgraph)
-        with pytest.raises((UserError, torch._dynamo.exc.Unsupported), match="compile first, then guide"):
-            CASE.run(pipe)
-        pipe.unet._compiled_call_impl = None
-        torch._dynamo.reset()
-        pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=fullgraph)
-        with pytest.raises((UserError, torch._dynamo.exc.Unsupported), match="compile first, then guide"):
-            CASE.run(pipe)
 
 
 def test_it_says_once_that_it_is_active(pipe, caplog):

@@ -10,18 +10,14 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )  # fmt: skip
-from pipelines import CASES, SD, changed, load, save_lora
 from safetensors.torch import load_file, save_file
 
+from fine_tunes import changed
+from pipelines import CASES, load, save_lora
 from selfnpo import guide
 from selfnpo.errors import UserError
 
 CASE = CASES["text to image"]
-
-
-@pytest.fixture
-def pipe(models):
-    return load(models(SD), StableDiffusionPipeline)
 
 
 @pytest.fixture
@@ -94,6 +90,9 @@ def test_loras_of_others(refused, pipe, tmp_path):
     renamed = {key.replace("down_blocks", "elsewhere"): tensor for key, tensor in lora.items()}
     save_file(renamed, tmp_path / "renamed.safetensors")
     refused(tmp_path / "renamed.safetensors", "renamed.safetensors is a LoRA for another base")
+    infinite = {key: tensor * (torch.inf if "conv1" in key else 1) for key, tensor in lora.items()}
+    save_file(infinite, tmp_path / "infinite.safetensors")
+    refused(tmp_path / "infinite.safetensors", "infinite.safetensors holds weights that are inf or NaN, such as unet.")
     text = {key.replace("unet.", "text_encoder."): tensor for key, tensor in lora.items()}
     save_file(text, tmp_path / "text.safetensors")
     refused(tmp_path / "text.safetensors", "holds nothing for the unet; expected a LoRA of this family")

@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import json
 import re
 import shlex
 import shutil
@@ -11,49 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import tiny
 from commands import call
+from fine_tunes import WEIGHTS, denoiser, fine_tune, save_both_loras, weights
 from original_format import save_single_file
 from selfnpo import merge
-from selfnpo.lora_files import save_lora
 from selfnpo.models import DEMO_FOLDER, ModelOptions, Source
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "merging.md"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def denoiser(base: Path) -> nn.Module:
-    return Source(ModelOptions(str(base))).denoiser(torch.float32)
-
-
-def fine_tune(base: Path, folder: Path, seed: int, **options) -> Path:
-    """A model that differs from its base in every weight."""
-    model, generator = denoiser(base), torch.Generator().manual_seed(seed)
-    for weight in model.parameters():
-        weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
-    model.save_pretrained(folder, **options)
-    return folder
-
-
-def lora(base: Path, folder: Path, seed: int) -> Path:
-    """A LoRA of rank 2 and alpha 6 for linear layers and convolutions, in diffusers' and kohya's format."""
-    torch.manual_seed(seed)
-    settings = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_k", "to_out.0", "conv1"], init_lora_weights=False)
-    model = denoiser(base)
-    model.add_adapter(settings)
-    folder.mkdir()
-    state = get_peft_model_state_dict(model)
-    save_lora(folder, state, settings, component="unet", kohya_name="kohya.safetensors", metadata={})
-    return folder
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    return {key: tensor.double() for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
 
 
 def fused(base: Path, lora: Path, scale: float = 1.0) -> dict[str, Tensor]:
@@ -71,19 +39,6 @@ def assert_combined(got, theta, negative, beta, positive=None, alpha=1.0):
     for key, base in theta.items():
         offset = beta * (negative[key] - base) + (0 if positive is None else alpha * (positive[key] - base))
         assert ((got[key] - base - offset).abs() <= 2**-21 * (base.abs() + 1)).all(), key
-
-
-@pytest.fixture
-def merged(tmp_path):
-    """Runs the command and returns the folder that it wrote."""
-
-    def run(base, negative, *flags):
-        folder = tmp_path / "merged"
-        model = ("--pretrained_model_name_or_path", base, "--negative", negative, "--output_dir", folder, "--overwrite")
-        assert call("merge", *model, *flags) == 0
-        return folder
-
-    return run
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion", "unconditional", "unconditional_flat", "class_conditional"])
@@ -110,7 +65,7 @@ def test_full_weights(models, tmp_path, merged, family):
 @pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl"])
 def test_loras(models, tmp_path, merged, family, name):
     base = models(family)
-    negative, positive = (lora(base, tmp_path / f"lora-{seed}", seed) for seed in (1, 2))
+    negative, positive = (save_both_loras(base, tmp_path / f"lora-{seed}", seed) for seed in (1, 2))
     theta, delta, eta = weights(base / "unet"), fused(base, negative), fused(base, positive)
     assert sum(not delta[key].equal(theta[key]) for key in theta) > 5
     assert_combined(weights(merged(base, negative / name, "--beta", 0.5)), theta, delta, 0.5)
@@ -173,7 +128,7 @@ def test_shards_and_variants(models, tmp_path, merged, monkeypatch):
 def test_bases_that_diffusers_must_convert_or_change(models, tmp_path, merged):
     base = models("stable_diffusion")
     negative = fine_tune(base, tmp_path / "negative", 1)
-    other, offset = fine_tune(base, tmp_path / "other", 2), lora(base, tmp_path / "lora", 3)
+    other, offset = fine_tune(base, tmp_path / "other", 2), save_both_loras(base, tmp_path / "lora", 3)
     file = save_single_file(base, tmp_path / "model.safetensors")
     got = merged(file, negative, "--extrapolate", 0.5, "--single_file_config", base)
     assert_combined(weights(got), weights(base / "unet"), weights(negative), -0.5)
@@ -201,7 +156,7 @@ def test_models_of_the_hub(models, tmp_path, merged, put_in_cache):
     base = models("stable_diffusion")
     put_in_cache(base, "somebody/base")
     put_in_cache(fine_tune(base, tmp_path / "negative", 1, max_shard_size="50KB"), "somebody/negative")
-    put_in_cache(lora(base, tmp_path / "lora", 2), "somebody/lora")
+    put_in_cache(save_both_loras(base, tmp_path / "lora", 2), "somebody/lora")
     got = merged("somebody/base", "somebody/negative", "--positive", "somebody/lora", "--alpha", 0.5)
     negative, positive = weights(tmp_path / "negative"), fused(base, tmp_path / "lora")
     assert_combined(weights(got), weights(base / "unet"), negative, 1, positive, 0.5)
@@ -215,7 +170,7 @@ def test_the_commands_of_the_documentation(models, tmp_path, monkeypatch):
     fine_tune(DEMO_FOLDER, Path("runs/demo/negative"), 1)
     fine_tune(base, Path("runs/sd15/negative"), 2)
     Path("runs/sd15-lora").mkdir()
-    lora(base, Path("runs/sd15-lora/negative"), 3)
+    save_both_loras(base, Path("runs/sd15-lora/negative"), 3)
     for line in filter(None, block.splitlines()):
         if not line.startswith("#"):
             _, _, command, *arguments = shlex.split(line)
@@ -234,99 +189,6 @@ def test_the_commands_of_the_documentation(models, tmp_path, monkeypatch):
         extrapolated = pipe.unet(*inputs).sample
         distance = (merged(*inputs).sample - extrapolated).abs().max()
     assert distance < 1e-2 * (changed - extrapolated).abs().max()  # float16
-
-
-@pytest.fixture
-def refused(tmp_path, capsys):
-    """Asserts that a merge ends in one sentence that holds `sentence`, and leaves no trace."""
-
-    def check(base, negative, sentence, *flags):
-        before = sorted(tmp_path.rglob("*"))
-        model = ("--pretrained_model_name_or_path", base, "--negative", negative, "--output_dir", tmp_path / "out")
-        assert call("merge", *model, *flags) == 2
-        last = capsys.readouterr().err.strip().splitlines()[-1]
-        assert last.startswith("error: ")
-        assert sentence in last
-        assert sorted(tmp_path.rglob("*")) == before
-
-    return check
-
-
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (["--extrapolate", 0], "extrapolate is 0.0; expected a finite number above 0"),
-        (["--extrapolate", "nan"], "extrapolate is nan"),
-        (["--extrapolate", "inf", "--force"], "extrapolate is inf"),
-        (["--extrapolate", 1, "--beta", 0.5], "leave out --positive, --alpha and --beta"),
-        (["--extrapolate", 1, "--positive", "x"], "leave out --positive, --alpha and --beta"),
-        (["--beta", 1.5], "beta is 1.5; expected a value from 0 to 1, or any with --force"),
-        (["--beta", "nan", "--force"], "beta is nan; expected a finite number"),
-        (["--positive", "x", "--alpha", -1], "alpha is -1.0; expected a value from 0 to 1"),
-        (["--alpha", 0.5], "alpha is 0.5, a share of eta, but no positive is given; pass --positive"),
-        (["--positive", "nobody/nothing"], "nobody/nothing is no folder here and could not be fetched from the hub"),
-        (["--positive", "absent.safetensors"], "absent.safetensors"),
-    ],
-)
-def test_flags(models, tmp_path, refused, flags, sentence):
-    base = models("stable_diffusion")
-    refused(base, base, sentence, *flags)
-
-
-def test_models_that_do_not_fit(models, tmp_path, refused):
-    base = models("stable_diffusion")
-    tiny.unet(cross_attention_dim=24).save_pretrained(tmp_path / "other")
-    first = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight is [16, 24], expected [16, 32]"
-    refused(base, tmp_path / "other", f"other has another architecture than the base: {first}")
-    refused(base, base, first, "--positive", tmp_path / "other")
-    xl = lora(models("stable_diffusion_xl"), tmp_path / "xl", 1)
-    refused(base, xl, "is a LoRA for another base")
-    refused(models("class_conditional"), xl, "but diffusers has no LoRA for DiTPipeline")
-    refused(base, models("class_conditional"), "holds no config.json and no unet/config.json")
-    (tmp_path / "broken.safetensors").write_bytes(b"no weights")
-    refused(base, tmp_path / "broken.safetensors", "broken.safetensors could not be read as safetensors")
-
-    cut = fine_tune(base, tmp_path / "cut", 1)
-    content = load_file(cut / WEIGHTS)
-    del content["conv_in.bias"]
-    save_file(content, cut / WEIGHTS)
-    refused(base, cut, "does not fit its config.json: missing keys such as conv_in.bias")
-    (cut / WEIGHTS).write_bytes(b"no weights")
-    refused(base, cut, "cut could not be loaded as a UNet2DConditionModel in safetensors")
-    (cut / WEIGHTS).unlink()
-    refused(base, cut, "cut could not be loaded as a UNet2DConditionModel in safetensors")
-
-
-def test_weights_that_are_no_numbers(models, tmp_path, refused):
-    base = models("stable_diffusion")
-    for name, value in (("infinite", torch.inf), ("nan", torch.nan), ("large", 1e30)):
-        content = load_file(fine_tune(base, tmp_path / name, 1) / WEIGHTS)
-        content["mid_block.resnets.0.conv1.bias"][3] = value
-        save_file(content, tmp_path / name / WEIGHTS, {"format": "pt"})
-    for name in ("infinite", "nan"):
-        refused(base, tmp_path / name, f"{name} holds weights that are inf or NaN, such as mid_block.resnets.0.conv1.bias")
-    shutil.copytree(tmp_path / "nan", tmp_path / "base" / "unet")
-    refused(tmp_path / "base", tmp_path / "large", "base holds weights that are inf or NaN")
-    too_large = "the result's mid_block.resnets.0.conv1.bias is too large for float16; pass --dtype bfloat16 or float32"
-    refused(base, tmp_path / "large", too_large, "--dtype", "float16")
-
-
-def test_folders_that_hold_something(models, tmp_path, refused, merged, monkeypatch):
-    base = models("stable_diffusion")
-    negative, out = fine_tune(base, tmp_path / "negative", 1), tmp_path / "out"
-    out.mkdir()
-    (out / "config.json").write_text("{}")
-    refused(base, negative, "exists and is not empty; choose another, pass --overwrite to replace")
-    (out / "thesis.txt").write_text("mine")
-    refused(base, negative, "out holds thesis.txt, which is of something else; choose another folder", "--overwrite")
-    refused(base, negative, "is a file; expected a folder", "--output_dir", out / "thesis.txt", "--overwrite")
-    (out / "thesis.txt").unlink()
-    monkeypatch.chdir(out)
-    refused(base, negative, "output_dir . exists and is not empty", "--output_dir", ".")
-    assert call("merge", "--negative", DEMO_FOLDER, "--output_dir", ".", "--overwrite") == 0
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", WEIGHTS]
-    shutil.move(out, tmp_path / "merged")
-    assert json.loads((merged(base, negative) / "config.json").read_text())["_class_name"] == "UNet2DConditionModel"
 
 
 def resident(line: str) -> int:

@@ -16,6 +16,7 @@ from commands import call
 from original_format import save_single_file
 from selfnpo.errors import UserError
 from selfnpo.models import ModelOptions, Source
+from selfnpo.models.lora import LORA_FILE
 
 SHORT = ("--max_train_steps", 2, "--train_batch_size", 1, "--pool_size", 1, "--num_inference_steps", 10)
 
@@ -274,6 +275,10 @@ def test_a_lora_and_a_unet_for_another_base(models, refused, tmp_path, capsys):
     base = models("stable_diffusion")
     (tmp_path / "broken.safetensors").write_bytes(b"no weights")
     refused(base, "could not be read as a LoRA in safetensors", "--lora_name_or_path", tmp_path / "broken.safetensors")
+    weights = {key: tensor * torch.nan for key, tensor in load_file(lora / LORA_FILE).items()}
+    save_file(weights, tmp_path / "nan.safetensors")
+    xl, nan = models("stable_diffusion_xl"), tmp_path / "nan.safetensors"
+    refused(xl, "nan.safetensors holds weights that are inf or NaN, such as unet.", "--lora_name_or_path", nan)
     other = tmp_path / "other"
     tiny.unet(cross_attention_dim=24).save_pretrained(other)
     refused(base, "has another architecture than the base", "--denoiser_name_or_path", other)

@@ -8,11 +8,12 @@ from matplotlib.image import imread
 from PIL import Image
 
 from commands import call
+from fine_tunes import fine_tune
 from runs import FAMILIES, settings, start
 from selfnpo import sweep
+from selfnpo.checkpoint import committed_file
 from selfnpo.decode import decode_frames, decode_samples
 from selfnpo.models import ModelOptions, load_pretrained
-from selfnpo.picture import written_whole
 from selfnpo.sampling import ddim_sample, start_noise
 from selfnpo.validation import save_grid
 from selfnpo.video import save_video
@@ -26,13 +27,7 @@ def perturbed(models, tmp_path_factory):
     """The folder of a denoiser that is some way off a tiny model's, as a fine-tune is."""
 
     def folder(family, seed=1):
-        denoiser = load_pretrained(ModelOptions(str(models(family)))).denoiser
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in denoiser.parameters():
-            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-        path = tmp_path_factory.mktemp("perturbed")
-        denoiser.save_pretrained(path)
-        return path
+        return fine_tune(models(family), tmp_path_factory.mktemp("fine-tune"), seed)
 
     return folder
 
@@ -216,7 +211,7 @@ def test_a_file_takes_its_place_whole_or_not_at_all(tmp_path):
     target.write_text("before")
 
     def write():
-        with written_whole(target) as partial:
+        with committed_file(target) as partial:
             assert partial.suffix == ".gif"
             partial.write_text("half")
             raise RuntimeError
