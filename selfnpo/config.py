@@ -58,7 +58,7 @@ class TrainConfig(SampleOptions, ModelOptions):
     gradient_accumulation_steps: int = 1
     """Forward passes per optimizer step, each of train_batch_size samples."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
-    """sdpa is PyTorch's own attention, which auto chooses."""
+    """sdpa is PyTorch's own attention; auto is the fastest of its backends, measured per shape on a GPU."""
     low_vram: bool = False
     """Least memory: gradients checkpointed, prompts on the host, and for full weights the reference too."""
     allow_tf32: bool = False
@@ -123,6 +123,10 @@ class TrainConfig(SampleOptions, ModelOptions):
 
     compile: bool = False
     """Compile reference and student with torch.compile."""
+    capture: Literal["auto", "on", "off"] = "auto"
+    """Replay a training step as one CUDA graph; auto: on a GPU, where the settings allow it."""
+    tandem: Literal["auto", "sequential", "streams", "shared"] = "auto"
+    """How reference and student share a step, see selfnpo/tandem.py; auto measures what can run."""
     checkpointing_steps: Annotated[int, arg(aliases=("--save_every_n_steps",))] = 250
     """Steps between checkpoints."""
     checkpoints_total_limit: int = 2
@@ -180,8 +184,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 _INVOCATION = {"config", "overwrite", "resume_from_checkpoint", "push_to_hub", "hub_model_id"}
 # A resumed run may change these too, because they do not touch what is computed.
 _FREE_ON_RESUME = _INVOCATION | {
-    "preset", "output_dir", "compile", "checkpointing_steps", "checkpoints_total_limit", "logging_steps", "report_to",
-    "logging_dir", "validation_steps", "num_validation_images", "validation_guidance_scale", "local_files_only",
+    "preset", "output_dir", "compile", "capture", "tandem", "checkpointing_steps", "checkpoints_total_limit",
+    "logging_steps", "report_to", "logging_dir", "validation_steps", "num_validation_images",
+    "validation_guidance_scale", "local_files_only",
 }  # fmt: skip
 
 

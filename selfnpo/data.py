@@ -1,4 +1,4 @@
-"""What a run trains on: prompts, and for rollouts that start from data, an image folder through the VAE."""
+"""What a run trains on: the base, prompts, and for rollouts that start from data, an image folder through the VAE."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from selfnpo.config import TrainConfig
+from selfnpo.config import TrainConfig, dtype_of
 from selfnpo.errors import UserError
 from selfnpo.images import encode_images, read_folder
-from selfnpo.models import PretrainedModel, Source
+from selfnpo.models import PretrainedModel, Source, default_device, load_pretrained
 from selfnpo.prompts import read_prompts
 
 
@@ -49,6 +49,22 @@ def _needed(prompts: list[str], config: TrainConfig) -> list[str]:
         return prompts
     print(f"note: {started:,} of the {len(prompts):,} prompts are used, for the run starts as many trajectories")
     return [prompts[index * len(prompts) // started] for index in range(started)]
+
+
+def load_base(config: TrainConfig, data: TrainData) -> PretrainedModel:
+    """The base where training wants it: a LoRA shares its weights, full training keeps them on the host beside a GPU."""
+    lora, device, dtype = config.rank > 0, default_device(), dtype_of(config.mixed_precision)
+    return load_pretrained(
+        config,
+        config,
+        data.prompts,
+        config.validation_prompt,
+        device=device,
+        dtype=dtype,
+        weights_device=device if lora else torch.device("cpu"),
+        weights_dtype=dtype if lora else torch.float32,
+        stream_conditions=config.low_vram,
+    )
 
 
 def encode_data(data: TrainData, base: PretrainedModel) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,13 @@ Weights, gradients, moments and samples are exact. Activations are estimated: wh
 backward pass, with attention as flash kernels do it. What libraries allocate beside them is not counted.
 """
 
-from dataclasses import dataclass
-from math import prod
+import importlib.util
+import os
+import sys
+import textwrap
+from dataclasses import dataclass, replace
+from math import inf, prod
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -14,10 +19,15 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
+from selfnpo.cli import as_flags
 from selfnpo.config import TrainConfig, dtype_of
+from selfnpo.errors import UserError, first_line
 from selfnpo.models import SampleOptions, Source
 from selfnpo.optimizer import moment_bytes
 from selfnpo.student import STUDENT, add_lora, checkpoint_gradients, lora_config, lora_layers, switch
+
+SHARE_OF_DEVICE = 0.9  # of its memory, that a plan may take where an earlier one turned out too large
+LORA_RANK = 16  # that is advised in place of full weights
 
 
 @dataclass(frozen=True)
@@ -37,16 +47,117 @@ class MemoryPlan:
         return "\n".join((title, *(f"  {what:<44} {size / unit:8.2f} {name}" for what, size in rows.items())))
 
 
-def shortage(plan: MemoryPlan, device: torch.device) -> str:
-    """What to do where `device` has less memory free than `plan` counts; empty where it has enough."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else plan.total
+def total_memory(device: torch.device) -> int:
+    """Bytes of the GPU, or of the machine where the CPU trains."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if not hasattr(os, "sysconf"):  # on Windows; unknown is taken for enough
+        return sys.maxsize
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a run can have; of the machine's memory all, for what others leave unused there is used as a cache."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else total_memory(device)
+
+
+def shortage(plan: MemoryPlan, config: TrainConfig, source: Source, prompts: int, device: torch.device) -> str:
+    """One line that says what to do where `device` has less memory free than `plan` counts; empty where it has enough."""
+    free = free_memory(device)
     if plan.total <= free:
         return ""
-    return (
-        f"warning: the plan is larger than the {free / (1 << 30):.1f} GiB that are free on {device}; try "
-        "--gradient_checkpointing, a smaller --train_batch_size with --gradient_accumulation_steps, "
-        "--rank 16 for a LoRA, --use_8bit_adam, or --low_vram\n"
+    there = f"are free on {device}" if device.type == "cuda" else "this machine has"
+    advice = _advice(config, source, prompts, device, free)
+    return f"warning: the plan is larger than the {_size(free)} that {there}; {advice}\n"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch, on a GPU or on the CPU, or Python found no more memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    texts = (
+        "can't allocate memory", "not enough memory", "CUDA out of memory", "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    )  # fmt: skip
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def out_of_memory(
+    config: TrainConfig, source: Source, prompts: int, device: torch.device, error: Exception, last_checkpoint: str
+) -> UserError:
+    """What to tell the user of a run that found no more memory.
+
+    Args:
+        last_checkpoint: what is left of the run, such as "the last good checkpoint is runs/demo/checkpoint-250".
+    """
+    # The plan that failed was counted too low, or others share the device: one as large is no way out.
+    failed = memory_plan(config, source, prompts, device).total
+    advice = _advice(config, source, prompts, device, int(SHARE_OF_DEVICE * min(total_memory(device), failed)))
+    what = textwrap.shorten(first_line(error), 150, placeholder=" ...")
+    return UserError(
+        f"out of memory on {device} ({what}); by the counted plan {advice}; {last_checkpoint}; changed settings need a "
+        "run of their own in another --output_dir, for --resume_from_checkpoint latest continues with unchanged ones only"
     )
+
+
+def _advice(config: TrainConfig, source: Source, prompts: int, device: torch.device, free: int) -> str:
+    flags, counted = settings_that_fit(config, source, prompts, device, free)
+    if flags is None:
+        return f"no settings of this model fit, the smallest plan is {_size(counted)}"
+    kind = "a LoRA, " if "--rank" in flags else ""
+    return f"these settings would fit: {flags} ({kind}counted {_size(counted)})"
+
+
+def settings_that_fit(
+    config: TrainConfig, source: Source, prompts: int, device: torch.device, free: int
+) -> tuple[str | None, int]:
+    """What to change in `config`, whose own plan is too large, so that the plan takes at most `free` bytes.
+
+    Returns:
+        The flags that cost the user least, and the bytes of their plan; or None, and the bytes of the smallest plan.
+    """
+
+    def counted(changes: dict[str, Any]) -> int:
+        return memory_plan(replace(config, **changes), source, prompts, device).total
+
+    *larger, smallest_batch = _splits(config)
+    smallest: float = inf
+    for savings in _savings(config, source, device):
+        try:
+            least = counted(savings | smallest_batch)
+        except UserError:  # the model has no layers for such a LoRA
+            continue
+        smallest = min(smallest, least)
+        if least <= free:
+            sizes = ((split, counted(savings | split)) for split in larger)
+            split, total = next((each for each in sizes if each[1] <= free), (smallest_batch, least))
+            return " ".join(as_flags(savings | split)), total
+    return None, int(smallest)
+
+
+def _savings(config: TrainConfig, source: Source, device: torch.device) -> list[dict[str, Any]]:
+    """Settings that save memory, without those that `config` has, by what they cost the user: time, exactness, and last
+    the full weights. A LoRA has few moments and shares its reference, so it is tried without the rest first."""
+    can_checkpoint = source.family.denoiser_class._supports_gradient_checkpointing
+    checkpointed = config.gradient_checkpointing or config.low_vram or not can_checkpoint
+    checkpointing = {} if checkpointed else {"gradient_checkpointing": True}
+    is_8bit = config.use_8bit_adam or importlib.util.find_spec("bitsandbytes") is None
+    moments = checkpointing | ({} if is_8bit else {"use_8bit_adam": True})
+    offload = moments | ({} if config.low_vram or device.type != "cuda" else {"low_vram": True})
+    lora = {"rank": LORA_RANK}
+    return [checkpointing, moments, offload, *(() if config.rank else (checkpointing | lora, offload | lora))]
+
+
+def _splits(config: TrainConfig) -> list[dict[str, int]]:
+    """Smaller batches, ever halved, that with accumulated gradients make the same step; first the batch as it is."""
+    size, total = config.train_batch_size, config.total_batch_size
+    halved = [size >> times for times in range(1, size.bit_length())]
+    parts = [part for part in halved if total % part == 0]
+    return [{}, *({"train_batch_size": part, "gradient_accumulation_steps": total // part} for part in parts)]
+
+
+def _size(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.1f} MiB"
 
 
 def memory_plan(config: TrainConfig, source: Source, prompts: int, device: torch.device) -> MemoryPlan:

@@ -1,27 +1,171 @@
-"""AdamW: PyTorch's own, or with its moments in 8 bits that of bitsandbytes."""
+"""AdamW with clipping before it and the reference's average after it.
+
+    form      where                                      what it is
+    fused     float32 and bfloat16                       one pass over memory (selfnpo_kernels.fused_adamw_)
+    stepwise  float16, which needs a scale of the loss   clipping, PyTorch's AdamW, average, one after the other
+              moments in 8 bits                          the same with the AdamW of bitsandbytes
+
+Of what changes from step to step, the fused form keeps nothing on the host.
+"""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from selfnpo.config import TrainConfig
+from selfnpo.student import Student, average
+from selfnpo_kernels import fused_adamw_
 
 MIN_8BIT_SIZE = 4096  # elements; the moments of smaller parameters stay in float32
 
 
-def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    options = {
-        "lr": config.learning_rate,
+def make_optimizer(config: TrainConfig, student: Student, scaler: GradScaler) -> "FusedAdamW | StepwiseAdamW":
+    if config.use_8bit_adam or scaler.is_enabled():
+        return StepwiseAdamW(config, student, scaler)
+    return FusedAdamW(config, student)
+
+
+def _options(config: TrainConfig) -> dict[str, Any]:
+    return {
         "betas": (config.adam_beta1, config.adam_beta2),
         "weight_decay": config.adam_weight_decay,
         "eps": config.adam_epsilon,
     }
-    if config.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit  # an extra
 
-        return AdamW8bit(parameters, min_8bit_size=MIN_8BIT_SIZE, **options)
-    return torch.optim.AdamW(parameters, fused=True, **options)
+
+class FusedAdamW(torch.optim.Optimizer):
+    """`step` clips, updates weights and average, and returns the norm of the gradients; it can be captured in a graph."""
+
+    obstacle = ""  # why it cannot be captured
+
+    def __init__(self, config: TrainConfig, student: Student):
+        super().__init__([*student.trainable.values()], {"lr": config.learning_rate})
+        self.student, self.options, self.max_grad_norm = student, _options(config), config.max_grad_norm
+        self.ema_decay = config.reference_decay
+        self.params = [*student.trainable.values()]
+        for param in self.params:
+            self.state[param] = {key: torch.zeros_like(param, dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq")}
+        device = self.params[0].device
+        self.count = torch.zeros(1, dtype=torch.int64, device=device)
+        self.lr = torch.zeros(1, device=device)
+        self.sums: list[Tensor] = []
+
+    def set_rate(self) -> None:
+        """The learning rate of the next step, from the host: no part of a captured step."""
+        self.lr.fill_(self.param_groups[0]["lr"])
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Add up gradients of several backward passes in float32, where they are bfloat16."""
+        grads = [param.grad for param in self.params if param.grad is not None]
+        if grads[0].dtype != torch.float32:
+            if self.sums:
+                torch._foreach_add_(self.sums, grads)
+            else:
+                self.sums = [grad.float() for grad in grads]
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        used = [number for number, param in enumerate(self.params) if param.grad is not None]
+        grads = self.sums or [self.params[number].grad for number in used]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
+        self.count.add_(1)
+        student, fused = self.student, self.student.is_averaged_here
+
+        def of_used(tensors: Iterable[Tensor]) -> list[Tensor]:
+            tensors = [*tensors]
+            return [tensors[number] for number in used] if tensors else []
+
+        fused_adamw_(
+            of_used(self.params), grads,
+            *(of_used(self.state[param][key] for param in self.params) for key in ("exp_avg", "exp_avg_sq")),
+            step=self.count, lr=self.lr, grad_scale=(self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0),
+            lows=of_used(student.lows.values()), emas=of_used(student.averaged.values()) if fused else None,
+            ema_lows=of_used(student.averaged_lows.values()) if fused else None, ema_decay=self.ema_decay, **self.options,
+        )  # fmt: skip
+        if not fused:
+            average(student, self.ema_decay)
+        self.sums = []
+        self.zero_grad()
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live state, for a checkpoint."""
+        names = self.student.trainable.items()
+        return {"count": self.count} | {
+            f"{name}.{key}": value for name, param in names for key, value in self.state[param].items()
+        }
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        for name, value in self.tensors().items():
+            value.copy_(tensors[name])
+
+
+class StepwiseAdamW:
+    """The same interface around another AdamW."""
+
+    def __init__(self, config: TrainConfig, student: Student, scaler: GradScaler):
+        self.student, self.scaler, self.config = student, scaler, config
+        self.params = [*student.trainable.values()]
+        options = _options(config) | {"lr": config.learning_rate}
+        if config.use_8bit_adam:
+            from bitsandbytes.optim import AdamW8bit  # an extra
+
+            self.obstacle = "AdamW in 8 bits counts its steps on the host"
+            self.adamw = AdamW8bit(self.params, min_8bit_size=MIN_8BIT_SIZE, **options)
+        else:
+            self.obstacle = "float16 scales its loss step by step"
+            self.adamw = torch.optim.AdamW(self.params, fused=True, **options)
+
+    def set_rate(self) -> None:
+        pass  # the scheduler did
+
+    def accumulate(self) -> None:
+        pass  # PyTorch does, in float32
+
+    def step(self) -> Tensor:
+        self.scaler.unscale_(self.adamw)
+        norm = nn.utils.clip_grad_norm_(self.params, self.config.max_grad_norm)
+        self.scaler.step(self.adamw)
+        self.scaler.update()
+        self.adamw.zero_grad()
+        average(self.student, self.config.reference_decay)
+        return norm
+
+    def zero_grad(self) -> None:
+        self.adamw.zero_grad()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live state without constants; bitsandbytes counts steps in a Python number, copied here."""
+        found = {}
+        for name, param in self.student.trainable.items():
+            state = {key: value for key, value in self.adamw.state[param].items() if not key.startswith("qmap")}
+            found |= {
+                f"{name}.{key}": value if isinstance(value, Tensor) else torch.tensor(value) for key, value in state.items()
+            }
+        return found
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self._start()
+        for name, value in self.tensors().items():
+            value.copy_(tensors[name])
+        for name, param in self.student.trainable.items():
+            state = self.adamw.state[param]
+            if not isinstance(state["step"], Tensor):
+                state["step"] = int(tensors[f"{name}.step"])
+
+    def _start(self) -> None:
+        """The state that the first step would make."""
+        for group_number, group in enumerate(self.adamw.param_groups):
+            for number, param in enumerate(group["params"]):
+                if hasattr(self.adamw, "init_state"):
+                    self.adamw.init_state(group, param, group_number, number)
+                else:
+                    moments = {key: torch.zeros_like(param) for key in ("exp_avg", "exp_avg_sq")}
+                    self.adamw.state[param] = {"step": torch.zeros((), device=param.device)} | moments
 
 
 def moment_bytes(config: TrainConfig, parameter: Tensor) -> int:
@@ -29,28 +173,3 @@ def moment_bytes(config: TrainConfig, parameter: Tensor) -> int:
     if config.use_8bit_adam and parameter.numel() >= MIN_8BIT_SIZE:
         return 2 * (parameter.numel() + 4 * -(-parameter.numel() // 256))  # a float32 scale for every 256 elements
     return 8 * parameter.numel()
-
-
-def start_state(optimizer: torch.optim.Optimizer) -> None:
-    """The state that the first step would make, for a checkpoint to be copied into."""
-    for group_number, group in enumerate(optimizer.param_groups):
-        for number, parameter in enumerate(group["params"]):
-            if hasattr(optimizer, "init_state"):
-                optimizer.init_state(group, parameter, group_number, number)
-            else:
-                step = torch.zeros((), device=parameter.device)
-                moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[parameter] = {"step": step} | moments
-
-
-def state_tensors(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """The live state of one parameter, without constants; bitsandbytes counts steps in a Python number, copied here."""
-    state = {key: value for key, value in optimizer.state[parameter].items() if not key.startswith("qmap")}
-    return {key: value if isinstance(value, Tensor) else torch.tensor(value) for key, value in state.items()}
-
-
-def set_step(optimizer: torch.optim.Optimizer, parameter: Tensor, step: Tensor) -> None:
-    """The number of steps where `state_tensors` could only copy it."""
-    state = optimizer.state[parameter]
-    if not isinstance(state["step"], Tensor):
-        state["step"] = int(step)

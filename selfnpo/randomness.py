@@ -6,7 +6,6 @@ numbers. A site names the purpose, so that two purposes never share a number.
 
 from enum import IntEnum
 
-import torch
 from torch import Tensor
 
 from selfnpo_kernels.philox import philox_uniform
@@ -25,7 +24,10 @@ class Site(IntEnum):
     PERTURBATION = 10  # the random baseline of the evaluation
 
 
-def draw_index(low: Tensor | int, high: Tensor | int, seed: int, step: int, site: Site, sample_ids: Tensor) -> Tensor:
+def draw_index(
+    low: Tensor | int, high: Tensor | int, seed: int | Tensor, step: int | Tensor, site: Site, sample_ids: Tensor
+) -> Tensor:
     """Uniform integers in [low, high), one per sample id: int64 `[B]`; low where the interval is empty."""
-    width = torch.as_tensor(high - low).clamp(min=1)
+    width = high - low
+    width = width.clamp(min=1) if isinstance(width, Tensor) else max(width, 1)
     return low + (philox_uniform(seed, step, site, sample_ids) * width).floor().long()

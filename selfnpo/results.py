@@ -9,6 +9,7 @@ import torch
 from selfnpo.checkpoint import committed_folder, write_text
 from selfnpo.env import device_name
 from selfnpo.lora_files import model_spec, save_lora
+from selfnpo.meter import Flops, Meter, cost_of_compute, matmul_peak, predicted, step_flops
 from selfnpo.model_card import model_card
 from selfnpo.picture import save_comparison
 from selfnpo.sampling import ddim_sample, start_noise
@@ -62,29 +63,50 @@ def _save_lora(folder: Path, state: TrainState) -> None:
 
 
 def _card(state: TrainState, status: str, quality: dict[str, Any] | None = None) -> str:
-    return model_card(state.config, state.base.family, cost(state), status, quality)
+    return model_card(state.config, state.base.family, training_cost(state), status, quality)
 
 
-def cost(state: TrainState) -> dict[str, Any]:
+def training_cost(state: TrainState) -> dict[str, Any]:
     samples = state.step * state.config.total_batch_size
     return {
         "steps": state.step,
         "samples": samples,
         "seconds": state.seconds,
+        "startup_seconds": state.startup_seconds,
         "samples_per_second": samples / state.seconds,
         "reference_evaluations_per_sample": state.reference_evaluations / samples,
+        "strategy": state.strategy,
         "relative_delta": state.relative_delta(),
         "device": f"{device_name(state.base.device)}, torch {torch.__version__}",
     }
 
 
-def save_metrics(state: TrainState, status: str, quality: dict[str, Any] | None = None) -> None:
-    """metrics.json; without `quality` the samples were not judged."""
-    content = {"status": status, "cost": cost(state), "quality": quality}
-    write_text(state.config.output_dir / "metrics.json", json.dumps(content, indent=1))
+def compute_cost(state: TrainState, meter: Meter, flops: Flops) -> dict[str, Any]:
+    """What meter and counted FLOPs say of the run so far; the hours hold everything that training took."""
+    config, device = state.config, state.base.device
+    evaluations = state.reference_evaluations / (state.step * config.total_batch_size)
+    per_step = step_flops(config, flops, evaluations)
+    found = cost_of_compute(
+        device, state.seconds + state.startup_seconds, state.step * per_step, matmul_peak(device, state.base.dtype)
+    )
+    found |= meter.report() | {"counted_tflop_per_step": per_step / 1e12}
+    if device.type != "cuda":
+        found["predicted_gpu_hours"] = predicted(config.max_train_steps * per_step)
+    return found
 
 
-def demo_report(state: TrainState, status: str) -> str:
+def save_metrics(
+    state: TrainState, status: str, compute: dict[str, Any], quality: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """metrics.json; without `quality` the samples were not judged. Returns the cost."""
+    cost = training_cost(state) | compute
+    write_text(
+        state.config.output_dir / "metrics.json", json.dumps({"status": status, "cost": cost, "quality": quality}, indent=1)
+    )
+    return cost
+
+
+def demo_report(state: TrainState, status: str, compute: dict[str, Any]) -> str:
     """Sample with and without the negative, judge both, and write comparison.png, report.md and the quality in metrics.json.
 
     Returns the verdict in sentences.
@@ -109,7 +131,7 @@ def demo_report(state: TrainState, status: str) -> str:
     caption = "equal positions of the generated digits start from equal noise; columns ask for 0 to 9"
     save_comparison(output_dir / "comparison.png", panels, base.num_conditions, caption)
     verdict = report.verdict(evaluation)
-    save_metrics(state, status, evaluation.values)
+    save_metrics(state, status, compute, evaluation.values)
     write_text(output_dir / "negative" / "README.md", _card(state, status, evaluation.values))
     write_text(
         output_dir / "report.md",
@@ -131,7 +153,7 @@ def demo_report(state: TrainState, status: str) -> str:
 
 
 def _cost_sentence(state: TrainState, status: str) -> str:
-    spent = cost(state)
+    spent = training_cost(state)
     return (
         f"Training ended ({status}) after {spent['steps']} steps of {state.config.total_batch_size} samples, "
         f"{spent['seconds']:.1f} s on {spent['device']} ({spent['samples_per_second']:.0f} samples/s), with "

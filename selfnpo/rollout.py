@@ -31,10 +31,11 @@ class Truncated:
     """A batch of truncated rollouts."""
 
     sample: Tensor  # x_t [B, ...]
-    target: Tensor  # x_{t -> 0}, the reference's estimate of x_0 at x_t
+    target: Tensor | None  # x_{t -> 0}, the reference's estimate of x_0 at x_t; None where `advance` is still to find it
     position: Tensor  # [B] grid position of t
     condition: Tensor  # [B]
-    evaluations: int  # guided evaluations of the reference that the batch cost
+    evaluations: int  # guided evaluations of the reference that the batch costs
+    due: Tensor | None = None  # [1] place in a pool
 
 
 class Reference:
@@ -43,22 +44,32 @@ class Reference:
     def __init__(self, base: PretrainedModel, grid: Grid, guidance_scale: float, micro_batch: int | None = None):
         """`micro_batch`: samples per forward pass; by default all."""
         self.base, self.guidance_scale, self.micro_batch = base, guidance_scale, micro_batch
-        self.timesteps, self.rows = grid.timesteps.float(), step_rows(grid)
+        self.timesteps, self.rows = grid.timesteps.float().to(base.device), step_rows(grid).to(base.device)
+        # Where it enters the arithmetic it lies in device memory, as all that a captured graph reads.
+        self.scale = torch.full((1,), guidance_scale, device=base.device)
+
+    def evaluate(
+        self, denoiser: nn.Module, sample: Tensor, position: Tensor, condition: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The model outputs (cond, uncond) at grid `position` `[B]` that `move_on` takes."""
+        timesteps = self.timesteps[self.base.move(position)]
+        return self.base.predict_guided(denoiser, sample, timesteps, condition, self.guidance_scale)
+
+    def move_on(self, sample: Tensor, position: Tensor, outputs: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+        """(prev_sample, pred_original_sample) at grid `position` `[B]`."""
+        return guided_step(sample, *outputs, self.scale, self.rows[self.base.move(position)])
 
     def step(self, denoiser: nn.Module, sample: Tensor, position: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """(prev_sample, pred_original_sample) at grid `position` `[B]`."""
+        """Both at once, in forward passes of at most `micro_batch` samples."""
         parts = zip(
             *(tensor.split(self.micro_batch or len(sample)) for tensor in (sample, position, condition)), strict=True
         )
-        stepped = [self._step(denoiser, *part) for part in parts]
+        stepped = [self.move_on(part[0], part[1], self.evaluate(denoiser, *part)) for part in parts]
         return stepped[0] if len(stepped) == 1 else tuple(map(torch.cat, zip(*stepped, strict=True)))
 
-    def _step(self, denoiser: nn.Module, sample: Tensor, position: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = self.base.predict_guided(denoiser, sample, self.timesteps[position], condition, self.guidance_scale)
-        return guided_step(sample, *outputs, self.guidance_scale, self.base.move(self.rows[position]))
-
     def roll(self, denoiser: nn.Module, sample: Tensor, start: Tensor, stop: Tensor, condition: Tensor) -> Truncated:
-        """Take every sample from grid position `start` to `stop` `[B]`, evaluate it there, and never after."""
+        """Take every sample from grid position `start` to `stop` `[B]`, evaluate it there, and never after. The positions
+        lie on the CPU, for they decide how much there is to do."""
         length = stop - start
         order = length.argsort(descending=True)  # so that the samples still under way are always the first ones
         first, asked = start[order], condition[order]
@@ -76,7 +87,7 @@ def draw_noise(reference: Reference, seed: int, step: int, ids: Tensor) -> Tenso
     return philox_normal((len(ids), *reference.base.sample_shape), seed, step, Site.START_NOISE, reference.base.move(ids))
 
 
-def draw_condition(reference: Reference, seed: int, step: int, ids: Tensor) -> Tensor:
+def draw_condition(reference: Reference, seed: int | Tensor, step: int, ids: Tensor) -> Tensor:
     """The conditions that the trajectories `ids` `[B]` follow."""
     return draw_index(0, reference.base.num_conditions, seed, step, Site.CONDITION, ids)
 
@@ -85,45 +96,68 @@ class Rollout(Protocol):
     """What the trainer asks for. `tensors` is all that a checkpoint must hold."""
 
     tensors: dict[str, Tensor]
+    obstacle: str  # why drawing cannot be captured in a graph; empty where it can
 
-    def draw(self, denoiser: nn.Module, step: int) -> Truncated: ...
+    def fill(self, denoiser: nn.Module) -> int:
+        """What comes before the first step; returns its evaluations."""
+        ...
+
+    def draw(self, denoiser: nn.Module, step: int | Tensor) -> Truncated: ...
+
+    def compile(self) -> None: ...
 
 
 class TrajectoryPool:
     """`pool_size` batches of trajectories under way, advanced in turn, so that consecutive batches share no trajectory.
 
-    Every batch holds every time of the grid, as evenly as its size allows. Before the first step all trajectories are taken
-    to their places, at about (N + 1) / 2 evaluations each. The samples are all the state there is: everything else follows
-    from the step.
+    Every batch holds every time of the grid, as evenly as its size allows. `fill` takes all trajectories to their places, at
+    about (N + 1) / 2 evaluations each. The samples are all the state there is: everything else follows from the step, which
+    may lie in device memory. Then the books are kept there too, and nothing is known to the host.
     """
 
     def __init__(self, reference: Reference, batch_size: int, seed: int, pool_size: int):
-        self.reference, self.seed = reference, seed
+        self.reference, self.seed, self.pool_size = reference, seed, pool_size
         self.length = len(reference.timesteps)
-        self.slots = torch.arange(pool_size * batch_size).reshape(batch_size, pool_size).T
-        self.first_position = self.slots * self.length // self.slots.numel()
-        base = reference.base
+        base, self.books = reference.base, reference.base.books
+        slots = torch.arange(pool_size * batch_size).reshape(batch_size, pool_size).T.contiguous()
+        self.slots, self.first_position = slots.to(self.books), (slots * self.length // slots.numel()).to(self.books)
+        self.key = torch.full((1,), seed, device=self.books)
         self.tensors = {"sample": torch.zeros(pool_size, batch_size, *base.sample_shape, device=base.device)}
+        self.obstacle = "" if self.books == base.device else "the encoded prompts lie on the host"
 
-    def draw(self, denoiser: nn.Module, step: int) -> Truncated:
-        filling = self._fill(denoiser) if step == 0 else 0
-        turn, batch = divmod(step, len(self.slots))
-        age = self.first_position[batch] + turn
+    def place(self, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Which batch is due, `[1]`, and for its trajectories: ids, positions, conditions `[B]` and rows of `forward_jump`
+        `[B, 2]`, of which (0, 1) puts fresh noise in the place of a finished one and (1, 0) leaves the others."""
+        turn, batch = step // self.pool_size, (step % self.pool_size).reshape(1)
+        age = self.first_position.index_select(0, batch)[0] + turn
         generation, position = age // self.length, age % self.length
-        ids = generation * self.slots.numel() + self.slots[batch]
-        condition = draw_condition(self.reference, self.seed, 0, ids)
-        # (0, 1) puts fresh noise in the place of a finished trajectory, (1, 0) leaves the others as they are.
+        ids = generation * self.slots.numel() + self.slots.index_select(0, batch)[0]
+        condition = draw_condition(self.reference, self.key, 0, ids)
         restart = (position == 0).float()
-        rows, keys = (self.reference.base.move(each) for each in (torch.stack((1 - restart, restart), dim=1), ids))
-        sample = forward_jump(self.tensors["sample"][batch], rows, self.seed, 0, keys, Site.START_NOISE)
-        self.tensors["sample"][batch], target = self.reference.step(denoiser, sample, position, condition)
-        return Truncated(sample, target, position, condition, filling + len(sample))
+        return batch, ids, position, condition, torch.stack((1 - restart, restart), dim=1)
 
-    def _fill(self, denoiser: nn.Module) -> int:
-        """Take every trajectory to its first position; returns the evaluations spent."""
+    def compile(self) -> None:
+        self.place = torch.compile(self.place, dynamic=False)
+
+    def draw(self, denoiser: nn.Module, step: int | Tensor) -> Truncated:
+        """The batch that is due at `step`, which `advance` takes further."""
+        step = step if isinstance(step, Tensor) else torch.tensor(step, device=self.books)
+        batch, ids, position, condition, rows = self.place(step)
+        move = self.reference.base.move
+        due = move(batch)
+        sample = self.tensors["sample"].index_select(0, due)[0]
+        sample = forward_jump(sample, move(rows), move(self.key), 0, move(ids), Site.START_NOISE)
+        return Truncated(sample, None, position, condition, len(sample), due)
+
+    def advance(self, batch: Truncated, prev_sample: Tensor) -> None:
+        """Put the next states of a drawn batch, `[B, ...]`, in their places."""
+        self.tensors["sample"].index_copy_(0, batch.due, prev_sample[None])
+
+    @torch.no_grad()
+    def fill(self, denoiser: nn.Module) -> int:
         evaluations = 0
-        batches = zip(self.tensors["sample"], self.slots, self.first_position, strict=True)
-        for sample, ids, position in tqdm(batches, desc="fill pool", total=len(self.slots), leave=False, disable=None):
+        batches = zip(self.tensors["sample"], self.slots.cpu(), self.first_position.cpu(), strict=True)
+        for sample, ids, position in tqdm(batches, desc="fill pool", total=self.pool_size, leave=False, disable=None):
             noise = draw_noise(self.reference, self.seed, 0, ids)
             condition = draw_condition(self.reference, self.seed, 0, ids)
             rolled = self.reference.roll(denoiser, noise, torch.zeros_like(position), position, condition)
@@ -132,7 +166,20 @@ class TrajectoryPool:
         return evaluations
 
 
-class NoiseRollout:
+class WholeRollout:
+    """Rolls a batch to its end within the step."""
+
+    reference: Reference | None = None
+    obstacle = "rollouts of changing length decide on the host what is still under way"
+
+    def fill(self, denoiser: nn.Module) -> int:
+        return 0
+
+    def compile(self) -> None:
+        pass
+
+
+class NoiseRollout(WholeRollout):
     """From fresh noise to a random grid point (`fresh`), or all the way to a clean sample (`full`)."""
 
     def __init__(self, reference: Reference, batch_size: int, seed: int, full: bool):
@@ -151,7 +198,7 @@ class NoiseRollout:
         return batch
 
 
-class DataRollout:
+class DataRollout(WholeRollout):
     """From real images at a random grid time, then `num_rollout_steps` steps (K); the released recipe. Not data-free."""
 
     def __init__(

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from selfnpo.config import TrainConfig, binding
 from selfnpo.errors import UserError
 from selfnpo.models import PretrainedModel
-from selfnpo.optimizer import make_optimizer, set_step, start_state, state_tensors
+from selfnpo.optimizer import FusedAdamW, StepwiseAdamW, make_optimizer
 from selfnpo.rollout import Rollout
 from selfnpo.student import Student, make_student
 
-_COUNTERS = ("step", "reference_evaluations", "seconds")
+_PROGRESS = ("step", "reference_evaluations", "seconds", "startup_seconds", "strategy")
 
 
 @dataclass
@@ -27,27 +27,32 @@ class TrainState:
     config: TrainConfig
     base: PretrainedModel
     student: Student
-    optimizer: torch.optim.Optimizer
+    optimizer: FusedAdamW | StepwiseAdamW
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler  # of the loss, in float16; otherwise it does nothing
     rollout: Rollout
+    counter: Tensor  # `step`, where the rollout keeps its books
     step: int = 0
     reference_evaluations: int = 0  # guided evaluations of one sample
     seconds: float = 0.0  # wall time spent in training steps
+    startup_seconds: float = 0.0  # and before: compilation, measurements, filling the pool
+    strategy: str = ""  # of selfnpo/tandem.py, once it is chosen; another one would round differently
 
     @classmethod
     def start(cls, config: TrainConfig, base: PretrainedModel, rollout: Rollout) -> "TrainState":
         """A fresh run: the student equals the base."""
         student = make_student(config, base)
-        optimizer = make_optimizer(config, student.trainable.values())
+        scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
+        optimizer = make_optimizer(config, student, scaler)
         lr_scheduler = get_scheduler(
             config.lr_scheduler,
-            optimizer,
+            getattr(optimizer, "adamw", optimizer),
             num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.max_train_steps,
         )
-        scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
-        return cls(config, base, student, optimizer, lr_scheduler, scaler, rollout)
+        optimizer.set_rate()
+        counter = torch.zeros((), dtype=torch.int64, device=base.books)
+        return cls(config, base, student, optimizer, lr_scheduler, scaler, rollout, counter)
 
     @property
     def model(self) -> nn.Module:
@@ -60,15 +65,19 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Live tensors under flat names; `restore` copies into the same ones."""
-        found = {f"model.{name}": parameter.detach() for name, parameter in self.student.trainable.items()}
-        found |= {f"reference_model.{name}": tensor.detach() for name, tensor in self.student.averaged.items()}
-        for name, parameter in self.student.trainable.items():
-            state = state_tensors(self.optimizer, parameter)
-            found |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
-        return found | {f"rollout.{name}": value for name, value in self.rollout.tensors.items()}
+        student = self.student
+        parts = {
+            "model": student.trainable,
+            "model_low": student.lows,
+            "reference_model": student.averaged,
+            "reference_model_low": student.averaged_lows,
+            "optimizer": self.optimizer.tensors(),
+            "rollout": self.rollout.tensors,
+        }
+        return {f"{part}.{name}": tensor.detach() for part, found in parts.items() for name, tensor in found.items()}
 
     def scalars(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _COUNTERS} | {
+        return {name: getattr(self, name) for name in _PROGRESS} | {
             "lr_scheduler": {key: value for key, value in self.lr_scheduler.state_dict().items() if key != "lr_lambdas"},
             "scaler": self.scaler.state_dict(),
             "settings": binding(self.config),
@@ -89,17 +98,20 @@ class TrainState:
                 )
         if scalars["base_sha256"] != self.fingerprint:
             raise UserError(f"the checkpoint was made from other weights than {self.config.pretrained_model_name_or_path}")
-        start_state(self.optimizer)
+        moments = {
+            name.removeprefix("optimizer."): value for name, value in tensors.items() if name.startswith("optimizer.")
+        }
+        self.optimizer.restore(moments)
         for name, value in self.tensors().items():
             value.copy_(tensors[name])
-        for name, parameter in self.student.trainable.items():
-            set_step(self.optimizer, parameter, tensors[f"optimizer.{name}.step"])
         self.lr_scheduler.load_state_dict(scalars["lr_scheduler"] | {"lr_lambdas": [None]})
-        for group, rate in zip(self.optimizer.param_groups, scalars["lr_scheduler"]["_last_lr"], strict=True):
+        for group, rate in zip(self.lr_scheduler.optimizer.param_groups, scalars["lr_scheduler"]["_last_lr"], strict=True):
             group["lr"] = rate
+        self.optimizer.set_rate()
         self.scaler.load_state_dict(scalars["scaler"])
-        for name in _COUNTERS:
+        for name in _PROGRESS:
             setattr(self, name, scalars[name])
+        self.counter.fill_(self.step)
 
     @cached_property
     def fingerprint(self) -> str:

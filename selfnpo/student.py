@@ -1,10 +1,13 @@
 """The student that is trained and the reference that teaches it: what the two share decides what they cost in memory.
 
     form        student                          reference, frozen           reference, averaged
-    full        a copy of its own in float32     in the training precision   an average in float32
+    full        a copy of its own                in the training precision   an average
     low rank    adapters on the base's weights   the base, adapters off      a second set of adapters
 
-A bfloat16 average would never move: a step of 0.1 % is below its resolution. Averaging adapters averages their factors.
+What is trained and averaged has the precision of float32: in bfloat16 neither would move, for a step is below its
+resolution. Where the network computes in bfloat16, such a weight is held in two halves: the nearest bfloat16, with which the
+network computes, and an int16 remainder, in `lows`. In float16 it is held in float32, and autocast rounds it at every use.
+Averaging adapters averages their factors.
 """
 
 import copy
@@ -24,8 +27,10 @@ from torch import Tensor, nn
 from selfnpo.config import TrainConfig
 from selfnpo.errors import UserError, first_line
 from selfnpo.models import Family, PretrainedModel
+from selfnpo_kernels.reference import join_weights, split_weights
 
 STUDENT, REFERENCE = "student", "reference"  # names of adapters
+RECOMPILE_LIMIT = 128  # shapes of a model's blocks, twice: with gradients and without
 
 
 class Student(Protocol):
@@ -33,11 +38,18 @@ class Student(Protocol):
 
     model: nn.Module  # predicts as the student does, at any time
     trainable: dict[str, nn.Parameter]
+    lows: dict[str, Tensor]  # the low halves of `trainable`; empty where it is float32
     averaged: dict[str, Tensor]  # the reference's own weights, under the names of the student's; empty where it is frozen
+    averaged_lows: dict[str, Tensor]
+    is_averaged_here: bool  # beside the student and in its layout, so that one pass updates both
     student: nn.Module | Callable  # `model`, and the reference, as they are called in training
     reference: nn.Module | Callable
 
-    def compile(self) -> None: ...
+    def compile(self, static: bool) -> None: ...  # whether all batches have one size
+
+    def networks(self) -> list[ModelMixin]:
+        """The models behind student and reference, each once."""
+        ...
 
     def positive(self) -> AbstractContextManager[ModelMixin]:
         """The base, on the device for as long as the context lasts."""
@@ -57,14 +69,34 @@ class Student(Protocol):
 
 
 def average(student: Student, decay: float) -> None:
-    """One step of the reference's exponential moving average, where it has one."""
+    """One step of the reference's exponential moving average, where the optimizer does not take it."""
     if student.averaged:
         averaged = [*student.averaged.values()]
-        now = [
-            parameter.detach().to(old.device) for parameter, old in zip(student.trainable.values(), averaged, strict=True)
-        ]
+        now = [weight.to(old.device) for weight, old in zip(masters(student).values(), averaged, strict=True)]
         with torch.no_grad():
             torch._foreach_lerp_(averaged, now, 1 - decay)
+
+
+def masters(student: Student) -> dict[str, Tensor]:
+    """The trained weights in float32."""
+    lows = student.lows
+    return {
+        name: join_weights(weight.detach(), lows[name]) if lows else weight.detach()
+        for name, weight in student.trainable.items()
+    }
+
+
+def is_split(config: TrainConfig, dtype: torch.dtype) -> bool:
+    """Whether trained weights are held in two halves."""
+    return dtype == torch.bfloat16 and not config.use_8bit_adam
+
+
+def split_(weights: dict[str, nn.Parameter], values: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Give `weights` the bfloat16 halves of float32 `values`; returns the others."""
+    lows = {}
+    for (name, weight), value in zip(weights.items(), values, strict=True):
+        weight.data, lows[name] = split_weights(value.detach().to(weight.device, torch.float32))
+    return lows
 
 
 def make_student(config: TrainConfig, base: PretrainedModel) -> Student:
@@ -75,6 +107,8 @@ def make_student(config: TrainConfig, base: PretrainedModel) -> Student:
     """
     if config.attention == "xformers":
         use_xformers(base)
+    if config.compile:
+        base.denoiser.to(memory_format=torch.channels_last)  # which Inductor keeps through normalisations
     return LowRank(config, base) if config.rank else FullWeights(config, base)
 
 
@@ -108,39 +142,47 @@ class FullWeights:
     """All weights are trained. The base stays as it was, on the host where a GPU trains."""
 
     def __init__(self, config: TrainConfig, base: PretrainedModel):
-        self.base = base
-        self.model = converted(base.denoiser, base.device, torch.float32).requires_grad_(True)
+        self.base, theta = base, base.denoiser
+        split, is_averaged = is_split(config, base.dtype), config.reference_decay < 1
+        offloaded = config.low_vram and base.device.type == "cuda"
+        self.is_averaged_here = is_averaged and not offloaded
+        self.model = converted(theta, base.device, torch.bfloat16 if split else torch.float32).requires_grad_(True)
         checkpoint_gradients(config, self.model)
         self.trainable = dict(self.model.named_parameters())
-        theta = [*base.denoiser.parameters()]
-        is_averaged = config.reference_decay < 1
-        dtype = torch.float32 if is_averaged else base.dtype
-        if is_averaged or theta[0].device != base.device or theta[0].dtype != dtype:
-            reference = converted(base.denoiser, base.device, dtype)
-        else:
-            reference = base.denoiser
-        if config.low_vram and base.device.type == "cuda":
+        self.lows = split_(self.trainable, theta.parameters()) if split else {}
+        own_halves = split and self.is_averaged_here
+        dtype = torch.float32 if is_averaged and not own_halves else base.dtype
+        here = next(theta.parameters()).device == base.device
+        reference = theta if here and not is_averaged and theta.dtype == dtype else converted(theta, base.device, dtype)
+        self.averaged = dict(reference.named_parameters()) if is_averaged else {}
+        self.averaged_lows = split_(self.averaged, theta.parameters()) if own_halves else {}
+        if offloaded:
             reference.to("cpu")
             reference.enable_group_offload(onload_device=base.device, offload_type="leaf_level")
-        self.averaged = dict(reference.named_parameters()) if is_averaged else {}
         self.student, self.reference = self.model, reference
 
-    def compile(self) -> None:
-        self.student, self.reference = torch.compile(self.student), torch.compile(self.reference)
+    def compile(self, static: bool) -> None:
+        family = self.base.family
+        self.student, self.reference = (compiled(each, family, static) for each in (self.student, self.reference))
+
+    def networks(self) -> list[ModelMixin]:
+        return [self.model, self.reference]
 
     @contextmanager
     def positive(self) -> Iterator[ModelMixin]:
         base = self.base.denoiser
         here = next(base.parameters()).device == self.base.device
-        yield base if here else converted(base, self.base.device, torch.float32)
+        yield base if here else converted(base, self.base.device, self.base.dtype)
 
     def training(self) -> AbstractContextManager:
         return nullcontext()
 
     def relative_delta(self) -> float:
-        pairs = zip(self.model.parameters(), self.base.denoiser.parameters(), strict=True)
         # One tensor at a time, so that a base on the host costs the device no more than its largest tensor.
-        delta = [_norm(now.detach() - theta.to(now.device)) for now, theta in pairs]
+        delta = [
+            _norm((join_weights(now, self.lows[name]) if self.lows else now) - theta.to(now.device))
+            for (name, now), theta in zip(self.trainable.items(), self.base.denoiser.parameters(), strict=True)
+        ]
         return (torch.stack(delta).norm() / self._theta_norm).item()
 
     @cached_property
@@ -148,7 +190,12 @@ class FullWeights:
         return torch.stack([_norm(theta) for theta in self.base.denoiser.parameters()]).norm().to(self.base.device)
 
     def merged(self) -> ModelMixin:
-        return self.model
+        if not self.lows:
+            return self.model
+        model = converted(self.model, torch.device("cpu"), torch.float32)
+        for parameter, master in zip(model.parameters(), masters(self).values(), strict=True):
+            parameter.data.copy_(master)
+        return model
 
 
 def lora_config(config: TrainConfig, family: Family) -> LoraConfig:
@@ -196,7 +243,7 @@ class LowRank:
     """LoRA adapters are trained. They live in the base itself, which is held once, and are off unless asked for."""
 
     def __init__(self, config: TrainConfig, base: PretrainedModel):
-        self.weights, self.lora = base.denoiser, lora_config(config, base.family)
+        self.weights, self.family, self.lora = base.denoiser, base.family, lora_config(config, base.family)
         self.theta = [*self.weights.parameters()]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -207,6 +254,9 @@ class LowRank:
                 self.averaged = dict(zip(self.trainable, added.values(), strict=True))
         for path, parameter in self.averaged.items():
             parameter.data.copy_(self.trainable[path].data)
+        self.lows, self.averaged_lows, self.is_averaged_here = {}, {}, bool(self.averaged)
+        if is_split(config, base.dtype):
+            self.lows, self.averaged_lows = (split_(own, own.values()) for own in (self.trainable, self.averaged))
         checkpoint_gradients(config, self.weights)
         self.layers = lora_layers(self.weights)
         self.called: nn.Module | Callable = self.weights
@@ -214,8 +264,11 @@ class LowRank:
         self.model = self.student = _Adapted(self, STUDENT)
         self.reference = _Adapted(self, REFERENCE if self.averaged else None)
 
-    def compile(self) -> None:
-        self.called = torch.compile(self.weights)
+    def compile(self, static: bool) -> None:
+        self.called = compiled(self.weights, self.family, static)
+
+    def networks(self) -> list[ModelMixin]:
+        return [self.weights]
 
     def positive(self) -> AbstractContextManager[ModelMixin]:
         return nullcontext(self.weights)
@@ -238,9 +291,9 @@ class LowRank:
         return self.using(STUDENT)  # a checkpointed layer runs again in the backward pass
 
     def relative_delta(self) -> float:
-        squares = []
-        for layer in self.layers.values():
-            down, up = (part[STUDENT].weight.detach().flatten(1) for part in (layer.lora_A, layer.lora_B))
+        squares, weights = [], masters(self)
+        for path, layer in self.layers.items():
+            down, up = (weights[f"{path}.lora_{factor}.{STUDENT}.weight"].flatten(1) for factor in "AB")
             # ||B A||^2 = tr((B^T B) (A A^T)), without the product, which has the size of the layer.
             squares.append(layer.scaling[STUDENT] ** 2 * ((up.T @ up) * (down @ down.T)).sum())
         return (torch.stack(squares).sum().clamp(min=0).sqrt() / self._theta_norm).item()
@@ -251,10 +304,13 @@ class LowRank:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The adapters under peft's names."""
-        return get_peft_model_state_dict(self.weights, adapter_name=STUDENT)
+        return get_peft_model_state_dict(self.weights, masters(self), adapter_name=STUDENT)
 
     def merged(self) -> ModelMixin:
         model = converted(self.weights, torch.device("cpu"), torch.float32)
+        own = dict(model.named_parameters())
+        for path, master in masters(self).items():
+            own[path].data.copy_(master)
         for layer in lora_layers(model).values():
             layer.enable_adapters(True)
             layer.merge(adapter_names=[STUDENT])
@@ -270,6 +326,13 @@ class _Adapted(nn.Module):
         super().__init__()
         self._student, self._adapter = (student,), adapter  # in a tuple, for it is no part of this module
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its adapters, or where it has none of the weights."""
+        (student,) = self._student
+        own = {STUDENT: student.trainable, REFERENCE: student.averaged}.get(self._adapter)
+        return next(iter(own.values())).dtype if own else student.weights.dtype
+
     def forward(self, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor]:
         (student,) = self._student
         with student.using(self._adapter):
@@ -284,6 +347,19 @@ def converted(model: ModelMixin, device: torch.device, dtype: torch.dtype) -> Mo
         return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
 
     return copy.deepcopy(model, {id(tensor): copied(tensor) for tensor in (*model.parameters(), *model.buffers())})
+
+
+def compiled(model: ModelMixin, family: Family, static: bool) -> ModelMixin:
+    """`model` under torch.compile: on a GPU only the blocks that repeat, one by one, which takes a fraction of the time.
+    What lies between them costs launches, which a captured graph does not have."""
+    dynamic = False if static else None
+    if model.device.type == "cpu":
+        return torch.compile(model, dynamic=dynamic)
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    for module in model.modules():
+        if type(module).__name__ in family.repeated_blocks:
+            module.compile(dynamic=dynamic)
+    return model
 
 
 def _norm(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The training loop: rollout, jump, student, loss, optimizer; log, checkpoint, stop."""
+"""The training loop: steps, log, checkpoints, stopping."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from selfnpo.checkpoint import (
@@ -24,12 +24,12 @@ from selfnpo.checkpoint import (
 from selfnpo.config import TrainConfig
 from selfnpo.data import TrainData, encode_data
 from selfnpo.errors import UserError
+from selfnpo.meter import Meter
 from selfnpo.models import PretrainedModel
-from selfnpo.objective import TruncatedObjective
 from selfnpo.rollout import DataRollout, NoiseRollout, Reference, Rollout, TrajectoryPool
-from selfnpo.schedule import make_grid, make_schedule
+from selfnpo.schedule import make_grid
 from selfnpo.state import TrainState
-from selfnpo.student import average
+from selfnpo.step import TrainingStep
 from selfnpo.validation import save_grid
 
 
@@ -68,19 +68,9 @@ class Trainer:
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.state = TrainState.start(config, base, rollout or make_rollout(config, base, data))
-        self.objective = TruncatedObjective(
-            base,
-            make_schedule(base.scheduler),
-            make_grid(base.scheduler, config.num_inference_steps),
-            kind=config.loss,
-            weighting=config.loss_weighting,
-            huber_c=config.huber_c,
-            condition_dropout=config.condition_dropout,
-            seed=config.seed,
-        )
+        self.step = TrainingStep(self.state)
         self.parameters = [*self.state.student.trainable.values()]
-        if config.compile:
-            self.state.student.compile()
+        self.meter = Meter(base.device)
         if config.resume_from_checkpoint is not None:
             latest = config.resume_from_checkpoint == "latest"
             self.state.restore(
@@ -90,31 +80,19 @@ class Trainer:
 
     def train_step(self) -> tuple[Tensor, Tensor]:
         """One step of the whole recipe; (loss, gradient norm), not yet synchronised with the host."""
-        state, config = self.state, self.config
-        with torch.no_grad():
-            batch = state.rollout.draw(state.student.reference, state.step)
-        losses = []
-        with state.student.training():
-            for start in range(0, config.total_batch_size, config.train_batch_size):
-                part = slice(start, start + config.train_batch_size)
-                loss = self.objective(state.student.student, batch, state.step, part) / config.gradient_accumulation_steps
-                state.scaler.scale(loss).backward()
-                losses.append(loss.detach())
-        state.scaler.unscale_(state.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad()
+        state = self.state
+        loss, grad_norm = self.step()
         state.lr_scheduler.step()
-        average(state.student, config.reference_decay)
-        state.reference_evaluations += batch.evaluations
+        state.optimizer.set_rate()
+        state.reference_evaluations += self.step.evaluations
         state.step += 1
-        return torch.stack(losses).sum(), grad_norm
+        return loss, grad_norm
 
     def run(self) -> str:
         """Train to the end. Returns why it ended: completed, strength reached or interrupted."""
         config, state = self.config, self.state
         losses: list[Tensor] = []
+        self.step.prepare()
         started, ending = time.perf_counter() - state.seconds, "completed"
         with (
             _interruptible() as interrupted,
@@ -127,8 +105,7 @@ class Trainer:
                 progress.update()
                 last = state.step == config.max_train_steps
                 if last or state.step % config.logging_steps == 0:
-                    state.seconds = time.perf_counter() - started
-                    row = self._log_row(losses, grad_norm)
+                    row = self._log_row(losses, grad_norm, started)
                     losses.clear()
                     log(row)
                     progress.set_postfix(loss=f"{row['loss']:.4f}", moved=f"{row['relative_delta']:.2%}")
@@ -147,17 +124,19 @@ class Trainer:
 
     def save_grid(self) -> Path | None:
         """A picture of plain samples beside those guided by the student, in output_dir/samples."""
-        return (
-            save_grid(self.output_dir / "samples" / f"step-{self.state.step:06}.png", self.state)
-            if self.output_dir
-            else None
-        )
+        if not self.output_dir:
+            return None
+        with torch.compiler.set_stance("force_eager"):  # pictures have other shapes than training
+            return save_grid(self.output_dir / "samples" / f"step-{self.state.step:06}.png", self.state)
 
-    def _log_row(self, losses: list[Tensor], grad_norm: Tensor) -> dict[str, Any]:
+    def _log_row(self, losses: list[Tensor], grad_norm: Tensor, started: float) -> dict[str, Any]:
         state = self.state
+        self.meter.sample()
+        loss = torch.stack(losses).mean().item()  # waits for the device
+        state.seconds = time.perf_counter() - started
         row = {
             "step": state.step,
-            "loss": torch.stack(losses).mean().item(),
+            "loss": loss,
             "grad_norm": grad_norm.item(),
             "learning_rate": state.lr_scheduler.get_last_lr()[0],
             "relative_delta": state.relative_delta(),
@@ -169,11 +148,12 @@ class Trainer:
         if not all(row[name] is None or math.isfinite(row[name]) for name in ("loss", "grad_norm", "relative_delta")):
             raise UserError(
                 f"training diverged by step {state.step} (loss {row['loss']}, gradient norm {row['grad_norm']}); lower "
-                f"learning_rate (now {self.config.learning_rate}); {self._last_checkpoint()}"
+                f"learning_rate (now {self.config.learning_rate}); {self.last_checkpoint()}"
             )
         return row
 
-    def _last_checkpoint(self) -> str:
+    def last_checkpoint(self) -> str:
+        """What is left of a run that ends here, in words."""
         found = list_checkpoints(self.output_dir) if self.output_dir else []
         return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was taken before"
 

@@ -44,12 +44,14 @@ def philox_4x32(counter: Tensor, seed: int | Tensor) -> Tensor:
 
 def words(blocks: int, seed: int | Tensor, step: int | Tensor, site: int, sample_ids: Tensor) -> Tensor:
     """Integers of the first `blocks` counters of every sample: int64 `[B, blocks, 4]`."""
-    ids = sample_ids.to(torch.int64)[:, None] & MASK
-    block = torch.arange(blocks, device=ids.device)
-    step, site = (torch.as_tensor(value, device=ids.device) & MASK for value in (step, site))
-    return philox_4x32(torch.stack(torch.broadcast_tensors(block, step, site, ids), dim=-1), seed)
+    block, ids = torch.broadcast_tensors(
+        torch.arange(blocks, device=sample_ids.device), sample_ids.to(torch.int64)[:, None] & MASK
+    )
+    # Filled where they are used, not copied from the host: a captured graph could not follow that.
+    step, site = (torch.zeros_like(ids) + (value & MASK) for value in (step, site))
+    return philox_4x32(torch.stack((block, step, site, ids), dim=-1), seed)
 
 
-def philox_uniform(seed: int, step: int, site: int, sample_ids: Tensor) -> Tensor:
+def philox_uniform(seed: int | Tensor, step: int | Tensor, site: int, sample_ids: Tensor) -> Tensor:
     """One uniform number in [0, 1) per sample id, exact in float64: `[B]`."""
     return words(1, seed, step, site, sample_ids)[:, 0, 0].double() * 2.0**-32

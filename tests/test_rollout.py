@@ -1,5 +1,7 @@
 """Where training samples come from: counts, order of times, and equality with plain trajectories."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -36,6 +38,16 @@ def reference(model, guidance_scale=0.0, steps=N):
     return Reference(model, make_grid(model.scheduler, steps), guidance_scale)
 
 
+def drawn(pool, denoiser, step):
+    """A batch of a pool that the reference has evaluated and moved on."""
+    if step == 0:
+        pool.fill(denoiser)
+    batch = pool.draw(denoiser, step)
+    prev_sample, target = pool.reference.step(denoiser, batch.sample, batch.position, batch.condition)
+    pool.advance(batch, prev_sample)
+    return replace(batch, target=target)
+
+
 def start_noise(ids, step=0):
     return forward_jump(
         torch.zeros(len(ids), 2), torch.tensor([[0.0, 1.0]]).repeat(len(ids), 1), SEED, step, ids, Site.START_NOISE
@@ -62,7 +74,7 @@ def plain_trajectory(model, noise, steps=N):
 def test_a_pool_walks_plain_trajectories_batch_by_batch(model, pool_size):
     pool = TrajectoryPool(reference(model), BATCH, SEED, pool_size)
     for step in range(2 * N * pool_size):
-        batch = pool.draw(model.denoiser, step)
+        batch = drawn(pool, model.denoiser, step)
         turn, index = divmod(step, pool_size)
         for member in range(BATCH):
             slot, position = int(pool.slots[index, member]), int(batch.position[member])
@@ -82,12 +94,12 @@ def test_a_pool_walks_plain_trajectories_batch_by_batch(model, pool_size):
 def test_a_pool_costs_one_evaluation_per_sample(model, guidance_scale, rows):
     counting = Counting(model.denoiser)
     pool = TrajectoryPool(reference(model, guidance_scale), BATCH, SEED, pool_size=2)
-    filled_and_drawn = pool.draw(counting, 0).evaluations
-    assert filled_and_drawn == 2 * BATCH * (N + 1) // 2 + BATCH
-    assert counting.rows == rows * filled_and_drawn
+    filled = pool.fill(counting)
+    assert filled == 2 * BATCH * (N + 1) // 2
+    assert counting.rows == rows * filled
     for step in range(1, 10):
         counting.rows = 0
-        assert pool.draw(counting, step).evaluations == BATCH
+        assert drawn(pool, counting, step).evaluations == BATCH
         assert counting.rows == rows * BATCH
 
 
@@ -147,7 +159,9 @@ def test_every_mode_is_a_function_of_seed_and_step(demo, mode):
     def draw(seed, step):
         config = TrainConfig(rollout=mode, train_batch_size=8, seed=seed, num_inference_steps=5, num_rollout_steps=2)
         with torch.no_grad():
-            return make_rollout(config, demo).draw(demo.denoiser, step).sample
+            rollout = make_rollout(config, demo)
+            rollout.fill(demo.denoiser)
+            return rollout.draw(demo.denoiser, step).sample
 
     assert draw(1, 0).equal(draw(1, 0))
     assert not draw(1, 0).equal(draw(2, 0))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fixed_batch import losses_on_a_fixed_batch
 from selfnpo.checkpoint import list_checkpoints
 from selfnpo.config import PRESETS, TrainConfig, preset_config
 from selfnpo.errors import UserError
@@ -159,18 +160,9 @@ def test_compiled_training_is_the_same_training(demo):
 
 
 def test_the_loss_falls_on_a_fixed_batch(demo):
-    trainer = Trainer(replace(SHORT, learning_rate=1e-3, rollout_guidance_scale=2.0), demo)
-    with torch.no_grad():
-        batch = trainer.state.rollout.draw(trainer.state.student.reference, 0)
-        for step in range(1, 20):
-            batch = trainer.state.rollout.draw(trainer.state.student.reference, step)
-    losses = []
-    for _ in range(30):
-        loss = trainer.objective(trainer.state.student.student, batch, 0)
-        loss.backward()
-        trainer.state.optimizer.step()
-        trainer.state.optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = losses_on_a_fixed_batch(
+        Trainer(replace(SHORT, learning_rate=1e-3, rollout_guidance_scale=2.0, rollout="fresh"), demo), 30
+    )
     assert losses[-1] < 0.5 * losses[0]
 
 

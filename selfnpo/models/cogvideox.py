@@ -21,6 +21,7 @@ class CogVideoX(Family):
     component = "transformer"
     text_components = ("tokenizer", "text_encoder")
     guidance_scale = 6.0
+    repeated_blocks = ("CogVideoXBlock",)
     has_xformers = False  # the processor that diffusers would put in knows no joint attention with the prompt
     architecture = "cogvideox"
     presets: ClassVar = {

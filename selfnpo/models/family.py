@@ -53,6 +53,7 @@ class Family(ABC):
     component: ClassVar[str]  # the denoiser's name in the pipeline
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     text_components: ClassVar[tuple[str, ...]] = ()  # of the pipeline, to encode prompts with; empty where none are taken
+    repeated_blocks: ClassVar[tuple[str, ...]] = ("ResnetBlock2D", "BasicTransformerBlock")  # classes, to compile by
     has_xformers: ClassVar[bool] = True  # whether its attention has an xformers form in diffusers
     guidance_scale: ClassVar[float] = 7.5  # w + 1 of pictures
     base_model_version: ClassVar[str] = (

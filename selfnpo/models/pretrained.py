@@ -1,11 +1,10 @@
 """Pretrained diffusion models: a denoiser, its scheduler and the conditions it is asked for.
 
-Conditions are encoded once. Everywhere else in the project a condition is its row number, on the CPU: what is drawn and
-counted stays on the host, what is computed on lies on the device, and nothing waits for the other.
+Conditions are encoded once. Everywhere else in the project a condition is its row number.
 """
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +38,7 @@ class Conditions:
     constants: Mapping[str, Any]
 
     def select(self, index: Tensor, device: torch.device) -> dict[str, Any]:
-        """The arguments on `device` for the conditions `index` `[B]`, which lies on the CPU."""
+        """The arguments on `device` for the conditions `index` `[B]`, which lies on the CPU where the rows do."""
         found: dict[str, Any] = {}
         for name, rows in self.rows.items():
             if rows.device == device:
@@ -80,18 +79,31 @@ class PretrainedModel:
         """A tensor of the host, on the device."""
         return move(tensor, self.device)
 
+    @property
+    def books(self) -> torch.device:
+        """Where it is kept which condition a sample follows: on the device, unless the encoded prompts lie on the host."""
+        return self.device if all(rows.device == self.device for rows in self.conditions.rows.values()) else CPU
+
+    def arguments(self, sample: Tensor, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Of `Family.call`; see `predict`."""
+        conditions = self.conditions.select(condition, self.device)
+        return sample.to(self.dtype), self.move(timesteps), conditions
+
+    def arithmetic(self, denoiser: nn.Module) -> AbstractContextManager:
+        """Autocast for a denoiser whose weights are kept in a higher precision than the network computes in."""
+        kept_higher = self.dtype != torch.float32 and denoiser.dtype != self.dtype
+        return torch.autocast(self.device.type, self.dtype) if kept_higher else nullcontext()
+
     def predict(self, denoiser: nn.Module, sample: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        """model_output of any denoiser of this architecture.
+        """model_output of any denoiser of this architecture, in the precision of the network.
 
         Args:
             sample: `[B, ...]` on the device, float32.
-            timesteps, condition: `[B]` on the CPU.
+            timesteps, condition: `[B]` on the CPU or the device; where the prompts lie on the host, `condition` does too.
         """
-        conditions = self.conditions.select(condition, self.device)
-        mixed = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype) if mixed else nullcontext():
-            model_input = sample.to(self.dtype) if mixed else sample
-            return self.family.call(denoiser, model_input, self.move(timesteps), conditions).to(sample.dtype)
+        arguments = self.arguments(sample, timesteps, condition)
+        with self.arithmetic(denoiser):
+            return self.family.call(denoiser, *arguments)
 
     def predict_guided(
         self, denoiser: nn.Module, sample: Tensor, timesteps: Tensor, condition: Tensor, guidance_scale: float

@@ -7,7 +7,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from selfnpo.randomness import Site, draw_index
-from selfnpo.rollout import Truncated
+from selfnpo.rollout import Truncated, WholeRollout
 from selfnpo.world.data import Digits
 from selfnpo_kernels import philox_normal
 
@@ -23,7 +23,7 @@ def random_perturbation(base: ModelMixin, negative: ModelMixin, seed: int) -> Mo
     return perturbed
 
 
-class ShuffledLabels:
+class ShuffledLabels(WholeRollout):
     """Ordinary diffusion training on real images under labels drawn at random: a rollout that never evaluates anything."""
 
     def __init__(self, digits: Digits, batch_size: int, seed: int, num_inference_steps: int):

@@ -1,17 +1,68 @@
-"""What only a GPU can show; every other test of the kernels also runs there where there is one."""
+"""What only a GPU can show, and in short what every other test of the kernels shows there too."""
 
 import pytest
 import torch
-from cases import OPS, SEED, SITE, STEP, inputs
+from cases import DTYPES, OPS, SEED, SITE, STEP, assert_accurate, channels_last, in_double, inputs
+from test_cuda_on_cpu import at_odd_address
+from test_registration import CHECKS, GRADIENTS, NAMES, registered
+from torch.utils._pytree import tree_map_only
 
 import selfnpo_kernels
-from selfnpo_kernels import fused_adamw_, philox_normal
+from selfnpo_kernels import backend, dispatch, fused_adamw_, join_weights, philox_normal, reference, split_weights
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+pytestmark = pytest.mark.gpu
+
+LAYOUTS = pytest.mark.parametrize("layout", [lambda tensor: tensor, channels_last], ids=["row-major", "channels-last"])
+OPERANDS = ("sample", "cond", "uncond", "target", "batched")
+
+
+def test_the_device_chooses():
+    here = torch.zeros(1, device="cuda")
+    assert dispatch.choose("tweedie", here) == "triton"
+    assert dispatch.choose("fused_adamw_", here, cuda="cpp") == "cpp"
+    assert dispatch.choose("tweedie", here.double()) == "reference"
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS)
+def test_equals_the_float64_reference(op, dtype, layout):
+    t = inputs((3, 4, 33, 31), dtype, "cuda", layout)
+    results, eager, exact = OPS[op](selfnpo_kernels, t), OPS[op](reference, t), OPS[op](reference, in_double(t))
+    for triple in zip(results, eager, exact, strict=True):
+        assert_accurate(*triple)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name, layout):
+    op, arguments = registered(inputs((3, 4, 5, 6), device="cuda", layout=layout))[name]
+    torch.library.opcheck(op.default, tree_map_only(torch.Tensor, torch.Tensor.cuda, arguments), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_opcheck_with_gradients(name):
+    t = inputs((3, 4, 5, 6), device="cuda")
+    for operand in OPERANDS:
+        getattr(t, operand).requires_grad_()
+    op, arguments = registered(t)[name]
+    torch.library.opcheck(op.default, arguments, test_utils=CHECKS)
+
+
+def test_every_op_compiles_in_one_graph():
+    def everything(t):
+        return [out for name in OPS if not name.startswith("gradient") for out in OPS[name](selfnpo_kernels, t)]
+
+    torch._dynamo.reset()
+    t = inputs((3, 4, 8, 6), torch.bfloat16, "cuda")
+    compiled = torch.compile(everything, fullgraph=True)(t)
+    for ours, eager in zip(compiled, everything(t), strict=True):
+        assert ours.equal(eager)
 
 
 def captured(function):
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         function()
     torch.cuda.current_stream().wait_stream(stream)
@@ -21,10 +72,12 @@ def captured(function):
     return graph, result
 
 
-@pytest.mark.parametrize("op", [name for name in OPS if "on device" in name])
+@pytest.mark.parametrize("op", OPS)
 def test_a_captured_op_follows_what_lies_in_device_memory(op):
     t = inputs((3, 4, 16, 16), device="cuda")
     graph, results = captured(lambda: list(OPS[op](selfnpo_kernels, t)))
+    for operand in OPERANDS:
+        getattr(t, operand).mul_(-0.5)
     t.scale.add_(1), t.seed.add_(1), t.step.add_(1)
     graph.replay()
     for replayed, eager in zip(results, OPS[op](selfnpo_kernels, t), strict=True):
@@ -52,6 +105,37 @@ def test_a_captured_optimizer_counts_its_steps():
     for _ in range(3):
         update(twin)
     assert lists[0][0].equal(twin[0][0])
+    assert not lists[0][0].equal(fresh()[0][0])
+
+
+def stepped(name, dtype, split):
+    """Weights, averages and moments in float32 after one step on a backend: blocks, tails, alignments, and more tensors than
+    one launch takes."""
+    sizes = [1, 0, 3, 4, 4095, 4096, 4097, 9000, *[5] * 500]
+    torch.manual_seed(0)
+    params, emas = ([torch.randn(size, device="cuda") for size in sizes] for _ in range(2))
+    grads = [torch.randn(size, device="cuda").to(dtype) for size in sizes]
+    first, second = ([torch.rand(size, device="cuda") for size in sizes] for _ in range(2))
+    grads[4], first[5] = at_odd_address(grads[4]), at_odd_address(first[5])
+    lows = ema_lows = None
+    if split:
+        (params, lows), (emas, ema_lows) = (zip(*map(split_weights, values), strict=True) for values in (params, emas))
+    step, lr, scale = (torch.tensor(value, device="cuda") for value in (7, 1e-2, 0.5))
+    with backend(name):
+        fused_adamw_(
+            params, grads, first, second, step=step, lr=lr, grad_scale=scale, lows=lows, emas=emas, ema_lows=ema_lows,
+            weight_decay=0.1, ema_decay=0.9,
+        )  # fmt: skip
+    if split:
+        params, emas = (map(join_weights, high, low) for high, low in ((params, lows), (emas, ema_lows)))
+    return [*params, *emas, *first, *second]
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_optimizer_on_many_tensors(dtype, split):
+    for ours, expected in zip(stepped("cpp", dtype, split), stepped("reference", dtype, split), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_cpu_and_gpu_draw_the_same_noise():
@@ -61,7 +145,8 @@ def test_cpu_and_gpu_draw_the_same_noise():
 
 
 @pytest.mark.parametrize("op", ["tweedie", "guided_step", "forward_jump", "cfg_combine"])
-def test_one_launch(op):
+def test_one_launch(op, monkeypatch):
+    monkeypatch.undo()  # poisoned outputs (conftest.py) are launches too
     t = inputs((3, 4, 16, 16), device="cuda")
     OPS[op](selfnpo_kernels, t)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

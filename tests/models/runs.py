@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from selfnpo.config import TrainConfig
-from selfnpo.data import read_data
+from selfnpo.data import load_base, read_data
 from selfnpo.models import Source
-from selfnpo.train import load_base
 from selfnpo.trainer import Trainer
 
 FAMILIES = [
@@ -26,6 +25,7 @@ def settings(folder: Path, **changes) -> TrainConfig:
     short = TrainConfig(
         pretrained_model_name_or_path=str(folder), max_train_steps=4, train_batch_size=2, pool_size=2, lr_warmup_steps=0,
         learning_rate=1e-3, checkpointing_steps=2, logging_steps=1, num_inference_steps=10, mixed_precision="no",
+        tandem="sequential",
     )  # fmt: skip
     return replace(short, **changes)
 

@@ -6,7 +6,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from pretended_device import OnDevice, pretended_device
+from pretended_device import OnDevice, crossings, pretended_device
 from selfnpo.config import TrainConfig
 from selfnpo.models import load_pretrained, loading
 from selfnpo.sampling import ddim_sample, start_noise
@@ -51,7 +51,7 @@ def test_steps_on_a_device(models, family, rollout, rank):
     config = TrainConfig(
         pretrained_model_name_or_path=str(models(family)), train_batch_size=1, pool_size=1, num_inference_steps=4,
         mixed_precision="no", rank=rank, rollout=rollout, rollout_guidance_scale=2.0, gradient_accumulation_steps=2,
-        lr_warmup_steps=0,
+        lr_warmup_steps=0, attention="sdpa", capture="off", tandem="sequential",
     )  # fmt: skip
     prompts = ("",) if family == "class_conditional" else PROMPTS
     expected = Trainer(config, load(config, torch.device("cpu"), prompts))
@@ -59,7 +59,10 @@ def test_steps_on_a_device(models, family, rollout, rank):
     for stream in (False, True) if family == "stable_diffusion" else (False,):
         with pretended_device() as cuda:
             trainer = Trainer(config, load(config, cuda, prompts, expected.base.conditions.rows, stream))
+            trainer.step.prepare()
+            crossings.clear()
             got = [trainer.train_step()[0] for _ in range(2)]
+            assert bool(crossings) == (stream or rollout != "pool")  # the books of a pool are kept on the device
             assert all(isinstance(parameter, OnDevice) for parameter in trainer.parameters)
             assert all(isinstance(rows, OnDevice) != stream for rows in trainer.base.conditions.rows.values())
             got = [loss.to("cpu").item() for loss in got]

@@ -9,6 +9,7 @@ import torch
 from runs import RANKS, assert_same_state, settings, start
 from selfnpo.config import dtype_of
 from selfnpo.optimizer import moment_bytes
+from selfnpo.student import masters
 
 
 @pytest.mark.parametrize("rank", RANKS)
@@ -37,7 +38,10 @@ def test_low_precision_trains_near_float32(models, precision, rank):
     for _ in range(3):
         assert rough.train_step()[0].item() == pytest.approx(exact.train_step()[0].item(), rel=0.1)
     state = rough.state
-    assert all(parameter.dtype == torch.float32 for parameter in state.student.trainable.values())
+    held = torch.bfloat16 if precision == "bf16" else torch.float32  # bfloat16 is the high half
+    assert all(parameter.dtype == held for parameter in state.student.trainable.values())
+    assert bool(state.student.lows) == (precision == "bf16")
+    assert all(weight.dtype == torch.float32 for weight in masters(state.student).values())
     reference = state.base.denoiser if rank else state.student.reference
     assert next(reference.parameters()).dtype == dtype_of(precision)
     assert state.scaler.is_enabled() == (precision == "fp16")
@@ -67,14 +71,13 @@ def test_moments_in_8_bits(models, tmp_path):
 
 def test_an_overflow_in_float16_leaves_the_step_out(models, tmp_path):
     trainer = start(settings(models("stable_diffusion"), rank=2, mixed_precision="fp16"), tmp_path)
-    trainer.state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    trainer.state.scaler = trainer.state.optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before = [parameter.detach().clone() for parameter in trainer.parameters]
     loss, norm = trainer.train_step()
     assert loss.isfinite()
     assert not norm.isfinite()
     assert all(old.equal(new) for old, new in zip(before, trainer.parameters, strict=True))
-    trainer.state.seconds = 1.0
-    assert trainer._log_row([loss], norm)["grad_norm"] is None
+    assert trainer._log_row([loss], norm, started=0.0)["grad_norm"] is None
     trainer._checkpoint()
     resumed = start(replace(trainer.config, resume_from_checkpoint="latest"), tmp_path)
     assert resumed.state.scaler.get_scale() == 2.0**39

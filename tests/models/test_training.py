@@ -6,24 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fixed_batch import losses_on_a_fixed_batch
 from runs import FAMILIES, RANKS, assert_same_state, settings, start
 from selfnpo.data import read_data
 from selfnpo.models import ModelOptions, Source, load_pretrained
-from selfnpo.trainer import Trainer
-
-
-def losses_on_a_fixed_batch(trainer: Trainer, steps: int) -> list[float]:
-    student, losses = trainer.state.student, []
-    with torch.no_grad():
-        batch = trainer.state.rollout.draw(student.reference, 0)
-    for _ in range(steps):
-        with student.training():
-            loss = trainer.objective(student.student, batch, 0)
-            loss.backward()
-        trainer.state.optimizer.step()
-        trainer.state.optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 @pytest.mark.parametrize("rank", RANKS)

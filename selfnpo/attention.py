@@ -1,0 +1,177 @@
+"""Which of PyTorch's attention backends serves each layer, by measurement: the fastest depends on the shape and the GPU."""
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import cache, wraps
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+EFFICIENT, MATH = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+NAMES = {None: "own choice", CUDNN: "cudnn", FLASH: "flash", EFFICIENT: "efficient", MATH: "math"}
+ORDER = [CUDNN, FLASH, EFFICIENT, MATH]  # what one cannot run, the next one might
+DEFAULTS = {"cuda": (FLASH, CUDNN, EFFICIENT), "cpu": (FLASH, MATH)}
+WARM_UPS, ROUNDS = 3, 10
+GAIN = 0.03  # by which another backend must be faster than PyTorch's own choice
+SLEEP = 2_000_000  # cycles of a GPU, about a millisecond
+
+
+@dataclass(frozen=True)
+class Choice:
+    shape: tuple[tuple[int, ...], int]  # of the query, and the number of keys
+    backend: str
+    milliseconds: dict[str, float]  # forward and backward, of every backend that can run this shape
+    modules: int  # layers that call attention so
+
+
+class Chosen:
+    """A processor of diffusers that runs with `backend`; a call that this cannot run goes to those after it in `ORDER`."""
+
+    def __init__(self, processor: Callable, backend: SDPBackend):
+        self.processor, self.backend = processor, backend
+        self.backends = ORDER[ORDER.index(backend) :]
+
+
+@cache
+def _class_for(kind: type) -> type[Chosen]:
+    """With the name and the signature of `kind`, which diffusers reads; torch.compile reads them from a class alone."""
+
+    @wraps(kind.__call__)
+    def call(self: Chosen, *args: Any, **kwargs: Any) -> Any:
+        with sdpa_kernel(self.backends, set_priority=True):
+            return self.processor(*args, **kwargs)
+
+    return type(kind.__name__, (Chosen,), {"__call__": call})
+
+
+@dataclass(frozen=True)
+class Call:
+    """What decides how long a call of scaled_dot_product_attention takes."""
+
+    layouts: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # shapes and strides of query, key and value
+    dtype: torch.dtype
+    device: torch.device
+    options: tuple[tuple[str, Any], ...]
+
+
+def choose_attention(
+    model: ModelMixin, run: Callable[[], object], backends: Sequence[SDPBackend] | None = None
+) -> list[Choice]:
+    """Give each attention layer of `model` the fastest backend for its shape, where that is not PyTorch's own choice.
+
+    Layers that pass a mask, call attention in several ways with different winners, or have a processor with weights stay as
+    they are. A second call chooses anew.
+
+    Args:
+        run: one forward pass of `model`, which is not compiled in it.
+        backends: those to try beside PyTorch's own choice; by default the fused ones on a GPU, flash and math on a CPU.
+    """
+    calls = _record(model, run)
+    fastest: dict[Call | None, SDPBackend | None] = {None: None}
+    choices = []
+    for call, modules in Counter(call for made in calls.values() for call in made if call).items():
+        times = measure(call, DEFAULTS[call.device.type] if backends is None else backends)
+        best = min(times, key=times.__getitem__)
+        fastest[call] = best if times[best] <= (1 - GAIN) * times[None] else None
+        named = {NAMES[backend]: each for backend, each in times.items()}
+        (query, _), (key, _), _ = call.layouts
+        choices.append(Choice((query, key[-2]), NAMES[fastest[call]], named, modules))
+    for module, made in calls.items():
+        winners = {fastest[call] for call in made}
+        backend = winners.pop() if len(winners) == 1 else None
+        processor = module.processor.processor if isinstance(module.processor, Chosen) else module.processor
+        module.set_processor(processor if backend is None else _class_for(type(processor))(processor, backend))
+    return choices
+
+
+def _record(model: ModelMixin, run: Callable[[], object]) -> dict[nn.Module, set[Call | None]]:
+    """How each layer calls attention in `run`; None stands for a call with a mask."""
+    calls: dict[nn.Module, set[Call | None]] = {}
+    running: list[nn.Module] = []
+    attention = functional.scaled_dot_product_attention
+
+    def recorded(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        if running:
+            kind = query.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+            layouts = tuple((tuple(each.shape), each.stride()) for each in (query, key, value))
+            call = Call(layouts, dtype, query.device, tuple(options.items())) if attn_mask is None else None
+            calls.setdefault(running[-1], set()).add(call)
+        return attention(query, key, value, attn_mask, **options)
+
+    with ExitStack() as stack:
+        for module in model.modules():  # not model.attn_processors, which UNets without conditions and DiTs lack
+            if hasattr(module, "set_processor") and not isinstance(module.processor, nn.Module):
+                stack.enter_context(module.register_forward_pre_hook(lambda module, args: running.append(module)))
+                stack.enter_context(module.register_forward_hook(lambda module, args, output: running.remove(module)))
+        stack.enter_context(patch.object(functional, "scaled_dot_product_attention", recorded))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        run()
+    return calls
+
+
+def measure(call: Call, backends: Sequence[SDPBackend]) -> dict[SDPBackend | None, float]:
+    """Median milliseconds of PyTorch's own choice (None) and of those backends that can run `call`, taking turns."""
+    times: dict[SDPBackend | None, list[float]] = {backend: [] for backend in (None, *backends)}
+    generator = torch.Generator(call.device).manual_seed(0)  # the run's own random numbers stay as they are
+    inputs = []
+    for shape, stride in call.layouts:
+        extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        memory = torch.randn(extent, generator=generator, device=call.device, dtype=call.dtype)
+        inputs.append(memory.as_strided(shape, stride).requires_grad_())
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")  # they say why a backend cannot
+        for _ in range(WARM_UPS + ROUNDS):
+            for backend in list(times):
+                try:
+                    times[backend].append(milliseconds(inputs, dict(call.options), backend))
+                except RuntimeError:
+                    if backend is None:
+                        raise
+                    del times[backend]
+    return {backend: median(measured[WARM_UPS:]) for backend, measured in times.items()}
+
+
+def milliseconds(inputs: list[Tensor], options: dict[str, Any], backend: SDPBackend | None) -> float:
+    """Of one call, forward and backward. Raises: RuntimeError where `backend` cannot run it."""
+
+    def work() -> None:
+        with nullcontext() if backend is None else sdpa_kernel(backend):
+            output = functional.scaled_dot_product_attention(*inputs, **options)
+        torch.autograd.grad(output, inputs, output.detach())
+
+    if inputs[0].device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(SLEEP)  # launches queue up meanwhile, so that the GPU is timed and not the host
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    started = time.perf_counter()
+    work()
+    return (time.perf_counter() - started) * 1e3
+
+
+def describe(choices: Sequence[Choice]) -> str:
+    """A line per shape."""
+    lines = []
+    for choice in choices:
+        query, keys = choice.shape
+        times = {name: f"{value:.3f}" for name, value in choice.milliseconds.items()}
+        taken = times.pop(choice.backend)
+        others = f" ({', '.join(f'{name} {value}' for name, value in times.items())})" if times else ""
+        layers = f"{choice.modules} layer{'s' if choice.modules > 1 else ''}"
+        lines.append(f"attention {'x'.join(map(str, query))}, {keys} keys: {choice.backend} {taken} ms{others}, {layers}")
+    return "\n".join(lines)

@@ -1,0 +1,151 @@
+"""One training step on the device, and what precedes the first one."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from selfnpo.attention import choose_attention, describe
+from selfnpo.capture import Replayed
+from selfnpo.env import device_name
+from selfnpo.feasible import capture_obstacle, strategies
+from selfnpo.objective import Jumped, TruncatedObjective
+from selfnpo.rollout import Truncated
+from selfnpo.schedule import make_grid, make_schedule
+from selfnpo.state import TrainState
+from selfnpo.tandem import Tandem, choose
+
+
+class TrainingStep:
+    """Rollout, jump, student, loss, optimizer. Called, it advances the tensors of `state` and returns (loss, gradient norm)
+    without waiting for the device."""
+
+    def __init__(self, state: TrainState):
+        self.state, self.config, self.base = state, state.config, state.base
+        config, base = self.config, self.base
+        self.objective = TruncatedObjective(
+            base,
+            make_schedule(base.scheduler),
+            make_grid(base.scheduler, config.num_inference_steps),
+            kind=config.loss,
+            weighting=config.loss_weighting,
+            huber_c=config.huber_c,
+            condition_dropout=config.condition_dropout,
+            seed=config.seed,
+        )
+        self.reference = state.rollout.reference
+        self.tandem = Tandem(state.student, self.reference, "sequential")
+        self.evaluations = 0  # of the reference in the last step
+        self._execute: Callable[[], tuple[Tensor, ...]] | None = None
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        if self._execute is None:
+            self.prepare()
+        return self._execute()
+
+    def prepare(self) -> None:
+        """Choose attention kernels, fill the pool, compile, choose how reference and student share a step; once."""
+        if self._execute is not None:
+            return
+        state, config, device = self.state, self.config, self.base.device
+        started = time.perf_counter()
+        if config.attention == "auto" and device.type == "cuda":
+            for network in state.student.networks():
+                print(describe(choose_attention(network, lambda: self._probe(self.tandem))))
+        if state.step == 0:  # before anything is compiled, for batches of all sizes come up
+            state.reference_evaluations += state.rollout.fill(state.student.reference)
+        if config.compile:
+            state.student.compile(static=config.rollout == "pool")
+            self.objective.compile()
+            state.rollout.compile()
+            first, again = (_seconds(lambda: self._probe(self.tandem), device) for _ in range(2))
+            print(f"compiled in {first - again:.1f} s")
+        arms = {name: Tandem(state.student, self.reference, name) for name in self._strategies()}
+        probes = {name: partial(self._probe, arm) for name, arm in arms.items()}
+        state.strategy = choose(probes, self._key, device)
+        self.tandem = arms[state.strategy]
+        self._execute = self._step
+        if device.type == "cuda" and config.capture != "off":
+            reason = capture_obstacle(config, device) or state.rollout.obstacle
+            if reason:
+                print(f"steps are not captured in a CUDA graph: {reason}")
+            else:
+                self._execute = Replayed(self._step)
+        state.startup_seconds += time.perf_counter() - started
+
+    def _strategies(self) -> list[str]:
+        config, possible = self.config, strategies(self.config, self.base.device)
+        if config.tandem != "auto":
+            return [config.tandem]
+        return [self.state.strategy] if self.state.strategy in possible else possible  # a resumed run goes on as it began
+
+    def _key(self) -> str:
+        """What the choice between strategies depends on."""
+        config, base = self.config, self.base
+        of_model = type(base.denoiser).__name__, sum(parameter.numel() for parameter in base.denoiser.parameters())
+        of_run = config.train_batch_size, *base.sample_shape, base.dtype, config.rank, config.compile
+        return " ".join(map(str, (device_name(base.device), torch.__version__, *of_model, *of_run)))
+
+    def _probe(self, tandem: Tandem) -> tuple[Tensor, ...]:
+        """Forward and backward passes of one micro-batch, which leave no trace."""
+        size, base = self.config.train_batch_size, self.base
+        position, condition = (torch.zeros(size, dtype=torch.int64, device=base.books) for _ in range(2))
+        sample = torch.ones(size, *base.sample_shape, device=base.device)
+        batch = Truncated(sample, None, position, condition, 0)
+        jumped = self.objective.jump(batch, self.state.counter)
+        with tandem(batch, slice(None), jumped) as (_, model_output):
+            loss = self.objective.loss(jumped, model_output, sample)
+            loss.backward()
+        self.state.optimizer.zero_grad()
+        return (loss.detach(),)
+
+    def _step(self) -> tuple[Tensor, ...]:
+        """What the device does in one step: (loss, gradient norm). It may be captured in a graph."""
+        state, config, rollout = self.state, self.config, self.state.rollout
+        step = state.step if rollout.obstacle else state.counter
+        with torch.no_grad():
+            batch = rollout.draw(state.student.reference, step)
+        self.evaluations = batch.evaluations  # the same in every step that is captured
+        losses, moved = [], []
+        for start in range(0, config.total_batch_size, config.train_batch_size):
+            part = slice(start, start + config.train_batch_size)
+            with torch.no_grad():
+                jumped = self.objective.jump(batch, step, part)
+            with self._evaluated(batch, part, jumped, moved) as (target, model_output):
+                loss = self.objective.loss(jumped, model_output, target) / config.gradient_accumulation_steps
+                state.scaler.scale(loss).backward()
+            if config.gradient_accumulation_steps > 1:
+                state.optimizer.accumulate()
+            losses.append(loss.detach())
+        if moved:
+            rollout.advance(batch, moved[0] if len(moved) == 1 else torch.cat(moved))
+        grad_norm = state.optimizer.step()
+        state.counter.add_(1)
+        return sum(losses), grad_norm
+
+    @contextmanager
+    def _evaluated(
+        self, batch: Truncated, part: slice, jumped: Jumped, moved: list[Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The target at x_t and the student's output at x_s; holds to the end of the backward pass."""
+        student = self.state.student
+        if batch.target is not None:
+            with student.training():
+                asked = jumped.sample, jumped.timesteps, jumped.condition
+                yield batch.target[part], self.base.predict(student.student, *asked)
+            return
+        with self.tandem(batch, part, jumped) as (outputs, model_output):
+            prev_sample, target = self.reference.move_on(batch.sample[part], batch.position[part], outputs)
+            moved.append(prev_sample)
+            yield target, model_output
+
+
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    started = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
