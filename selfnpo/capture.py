@@ -43,8 +43,12 @@ class Recorder(TorchDispatchMode):
             self.faults.append(f"{name} makes a tensor from values of the host")
         if torch.Tag.nondeterministic_seeded in op.tags and not name.startswith(WITHOUT_DROPOUT):
             self.faults.append(f"{name} draws random numbers that the host counts")
-        if name in ("copy_", "_to_copy") and len({str(tensor.device.type) for tensor in tensors}) > 1:
-            self.faults.append(f"{name} copies between host and device")
+        if name in ("copy_", "_to_copy"):
+            places = {tensor.device.type for tensor in tensors}
+            if kwargs.get("device") is not None:
+                places.add(torch.device(kwargs["device"]).type)
+            if len(places) > 1:
+                self.faults.append(f"{name} copies between {' and '.join(sorted(places))}")
         self.events.append((name, tuple(map(self._trace, leaves))))
         result = op(*args, **kwargs)
         found = {_storage(tensor) for tensor in tensors}
@@ -83,8 +87,9 @@ class Replayed:
     """Calls a step. After two that are watched and a few on the graph's stream it replays their graph; where that is not
     possible it says so, once, and goes on with ordinary steps."""
 
-    def __init__(self, step: Step, say: Callable[[str], object] = print):
-        self.step, self.say = step, say
+    def __init__(self, step: Step, clear: Callable[[], object], say: Callable[[str], object] = print):
+        """`clear` throws away the gradients of a step that was not finished."""
+        self.step, self.clear, self.say = step, clear, say
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         self.watched: list[Recorder] = []
         self.warm = 0
@@ -106,6 +111,7 @@ class Replayed:
         try:
             self.replay = capture(self.step, self.pool, self.stream)
         except RuntimeError as error:
+            self.clear()
             return self._give_up(first_line(error))
         return self.replay()
 

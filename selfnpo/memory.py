@@ -24,7 +24,7 @@ from selfnpo.config import TrainConfig, dtype_of
 from selfnpo.errors import UserError, first_line
 from selfnpo.models import SampleOptions, Source
 from selfnpo.optimizer import moment_bytes
-from selfnpo.student import STUDENT, add_lora, checkpoint_gradients, lora_config, lora_layers, switch
+from selfnpo.student import STUDENT, add_lora, checkpoint_gradients, is_split, lora_config, lora_layers, switch
 
 SHARE_OF_DEVICE = 0.9  # of its memory, that a plan may take where an earlier one turned out too large
 LORA_RANK = 16  # that is advised in place of full weights
@@ -178,14 +178,16 @@ def memory_plan(config: TrainConfig, source: Source, prompts: int, device: torch
         rows["average of the adapters"] = 4 * trained if config.reference_decay < 1 else 0
     else:
         trainable, trained = [*model.requires_grad_(True).parameters()], weights
-        rows = {"student, float32": 4 * weights}
+        rows = {"student": 4 * weights}
         rows |= _reference(config, weights, dtype, device)
     checkpoint_gradients(config, model)
+    split = is_split(config, dtype)
     prompt_size = prompts * sum(map(prod, source.family.condition_shapes(source.config).values())) * dtype.itemsize
     on_device = not (config.low_vram and device.type == "cuda")
     samples = (config.pool_size if config.rollout == "pool" else 1) * config.total_batch_size
     rows |= {
-        "gradients": 4 * trained,
+        "gradients": (dtype.itemsize if split else 4) * trained,
+        "their sums, float32": 4 * trained if split and config.gradient_accumulation_steps > 1 else 0,
         "AdamW's two moments": sum(moment_bytes(config, parameter) for parameter in trainable),
         f"prompts ({prompts} encoded)": prompt_size if on_device else 0,
         f"samples under way ({samples})": 4 * samples * prod(shape),
@@ -198,7 +200,7 @@ def _reference(config: TrainConfig, weights: int, dtype: torch.dtype, device: to
     if device.type != "cuda":
         kept = {"base, to measure the distance from": 4 * weights}
         if config.reference_decay < 1:
-            return kept | {"reference, an average in float32": 4 * weights}
+            return kept | {"reference, an average": 4 * weights}
         return kept | {"reference, frozen": 0 if dtype == torch.float32 else dtype.itemsize * weights}
     if config.low_vram:
         return {}

@@ -39,8 +39,6 @@ def _options(config: TrainConfig) -> dict[str, Any]:
 class FusedAdamW(torch.optim.Optimizer):
     """`step` clips, updates weights and average, and returns the norm of the gradients; it can be captured in a graph."""
 
-    obstacle = ""  # why it cannot be captured
-
     def __init__(self, config: TrainConfig, student: Student):
         super().__init__([*student.trainable.values()], {"lr": config.learning_rate})
         self.student, self.options, self.max_grad_norm = student, _options(config), config.max_grad_norm
@@ -51,7 +49,7 @@ class FusedAdamW(torch.optim.Optimizer):
         device = self.params[0].device
         self.count = torch.zeros(1, dtype=torch.int64, device=device)
         self.lr = torch.zeros(1, device=device)
-        self.sums: list[Tensor] = []
+        self.sums: dict[Tensor, Tensor] = {}
 
     def set_rate(self) -> None:
         """The learning rate of the next step, from the host: no part of a captured step."""
@@ -59,18 +57,19 @@ class FusedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def accumulate(self) -> None:
-        """Add up gradients of several backward passes in float32, where they are bfloat16."""
-        grads = [param.grad for param in self.params if param.grad is not None]
-        if grads[0].dtype != torch.float32:
+        """Add up the gradients of several backward passes in float32, where they are bfloat16."""
+        found = {param: param.grad for param in self.params if param.grad is not None}
+        if self.student.lows:
             if self.sums:
-                torch._foreach_add_(self.sums, grads)
+                torch._foreach_add_([*self.sums.values()], [*found.values()])
             else:
-                self.sums = [grad.float() for grad in grads]
+                self.sums = {param: grad.float() for param, grad in found.items()}
+            super().zero_grad()
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        used = [number for number, param in enumerate(self.params) if param.grad is not None]
-        grads = self.sums or [self.params[number].grad for number in used]
+        found = self.sums or {param: param.grad for param in self.params if param.grad is not None}
+        used, grads = [number for number, param in enumerate(self.params) if param in found], [*found.values()]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
         self.count.add_(1)
         student, fused = self.student, self.student.is_averaged_here
@@ -88,9 +87,12 @@ class FusedAdamW(torch.optim.Optimizer):
         )  # fmt: skip
         if not fused:
             average(student, self.ema_decay)
-        self.sums = []
         self.zero_grad()
         return norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self.sums = {}
 
     def tensors(self) -> dict[str, Tensor]:
         """The live state, for a checkpoint."""
@@ -114,10 +116,8 @@ class StepwiseAdamW:
         if config.use_8bit_adam:
             from bitsandbytes.optim import AdamW8bit  # an extra
 
-            self.obstacle = "AdamW in 8 bits counts its steps on the host"
             self.adamw = AdamW8bit(self.params, min_8bit_size=MIN_8BIT_SIZE, **options)
         else:
-            self.obstacle = "float16 scales its loss step by step"
             self.adamw = torch.optim.AdamW(self.params, fused=True, **options)
 
     def set_rate(self) -> None:

@@ -73,7 +73,7 @@ class TrainingStep:
             if reason:
                 print(f"steps are not captured in a CUDA graph: {reason}")
             else:
-                self._execute = Replayed(self._step)
+                self._execute = Replayed(self._step, state.optimizer.zero_grad)
         state.startup_seconds += time.perf_counter() - started
 
     def _strategies(self) -> list[str]:

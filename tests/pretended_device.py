@@ -62,7 +62,7 @@ def run(op, args, kwargs):
     if is_cuda(target):
         kwargs = kwargs | {"device": torch.device("cpu")}
     stays = is_cuda(target) or (here and target is None)
-    if name in ("copy_", "_to_copy") and (strangers and here or stays != here):
+    if name in ("copy_", "_to_copy") and ((strangers and here) or stays != here):
         crossings.append(str([tuple(leaf.shape) for leaf in leaves]))
     inner = tree_map(lambda leaf: leaf.held if isinstance(leaf, OnDevice) else leaf, (args, kwargs))
     output = op(*inner[0], **inner[1])

@@ -225,7 +225,7 @@ def test_cost_of_compute(device, hours):
 
 def test_predictions_assume_40_percent_of_peak():
     hours = predicted(0.4 * 990e12 * 3600)
-    assert hours == {"A100": pytest.approx(990 / 312), "H100": pytest.approx(1), "H200": pytest.approx(990 / 790)}
+    assert hours == {"A100": pytest.approx(990 / 312), "H100": pytest.approx(1), "H200": pytest.approx(1)}
 
 
 def described(device: torch.device, seconds: float, tflops: float, peak_tflops: float, **others: object) -> str:

@@ -139,7 +139,7 @@ def launch(
     step, step_pointer, has_step = value_and_pointer(step, sample_ids)
     programs, blocks = grid(len(out), triton.cdiv(channels * positions, 4), COUNTERS)
     forward_jump_kernel[programs](
-        out, out if sample is None else sample, rows, row_stride, sample_ids, seed, seed_pointer, step, step_pointer, site,
-        channels, positions, blocks, HAS_SAMPLE=sample is not None, HAS_SEED_POINTER=has_seed, HAS_STEP_POINTER=has_step,
-        CHANNELS_LAST=channels > 1, WHOLE=positions % 4 == 0, COUNTERS=COUNTERS,
+        out, out if sample is None else sample, out if sample is None else rows, row_stride, sample_ids, seed, seed_pointer,
+        step, step_pointer, site, channels, positions, blocks, HAS_SAMPLE=sample is not None, HAS_SEED_POINTER=has_seed,
+        HAS_STEP_POINTER=has_step, CHANNELS_LAST=channels > 1, WHOLE=positions % 4 == 0, COUNTERS=COUNTERS,
     )  # fmt: skip

@@ -141,7 +141,7 @@ def test_eight_launches_do_the_latent_work_of_a_step(models, monkeypatch, precis
         trainer.step()
     launches = [name for name in ops.names if name != "_to_copy"]  # in bfloat16 each network rounds its own input
     assert len(launches) <= 8, launches
-    assert len(ops.names) - len(launches) == (2 if precision == "bf16" else 0)
+    assert len(ops.names) - len(launches) <= (2 if precision == "bf16" else 0)
     assert {"forward_jump", "guided_step", "x0_loss", "x0_loss_backward"} <= set(ops.names)
 
 
@@ -184,11 +184,13 @@ def test_watched_then_warmed_up_then_replayed(demo, monkeypatch, fault):
         taken.append(torch.ones(2) + (len(taken) if fault == "watched" else 0))
         return ("taken",)
 
-    replayed = Replayed(step, said.append)
+    cleared = []
+    replayed = Replayed(step, lambda: cleared.append(True), said.append)
     outputs = [replayed()[0] for _ in range(8)]
     if fault:
         assert outputs == ["taken"] * 8
         assert len(said) == 1
+        assert bool(cleared) == (fault == "capture")
         reason = "add takes 0, then 1" if fault == "watched" else "operation not permitted when stream is capturing"
         assert said[0] == f"steps are not captured in a CUDA graph: {reason}"
     else:
