@@ -68,7 +68,7 @@ def memory_of(monkeypatch):
 
 def batches_of_20(files, folder):
     published.write(files, folder)
-    return TrainConfig(pretrained_model_name_or_path=str(folder), train_batch_size=20, mixed_precision="bf16")
+    return TrainConfig(pretrained_model_name_or_path=str(folder), train_batch_size=20, mixed_precision="fp16")
 
 
 @pytest.fixture(scope="module")

@@ -122,7 +122,7 @@ def test_the_memory_plan_counts_what_is_held(source, name, folder):
     assert rows["student"] + rows["gradients"] + rows["AdamW's two moments"] + rows["reference"] == 18 * weights
     lora = memory_plan(replace(config, rank=16), source, 1000, CUDA)
     assert lora.rows["base, shared by student and reference"] == 2 * weights
-    assert lora.total < full.total / 5
+    assert lora.total < full.total / 4
     assert f"{weights:,} parameters" in str(full)
     assert "GiB" in str(full)
     if name != "STABLE_DIFFUSION_1_5":
