@@ -1,21 +1,94 @@
-"""A training step on the embedded demo by rollout mode, at equal batch size: what truncation and the pool save.
+"""Training steps: by rollout mode, and a pool against a loop that does what the released code does.
 
-pytest benchmarks --benchmark-only
+pytest benchmarks/bench_train_step.py --benchmark-only
 """
 
-import pytest
+import time
+from dataclasses import replace
+from functools import partial
 
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from benchmarks.measure import interleaved, quartiles
+from benchmarks.released_loop import ReleasedLoop
 from selfnpo.config import TrainConfig
-from selfnpo.models import load_pretrained
+from selfnpo.models import Conditions, PretrainedModel, default_device, load_pretrained
+from selfnpo.models.stable_diffusion import StableDiffusion
 from selfnpo.trainer import Trainer
+
+DEVICE = default_device()
+ON_GPU = DEVICE.type == "cuda"
+ROUNDS = 20 if ON_GPU else 9
+PROMPTS = 16
 
 
 @pytest.mark.parametrize("rollout", ["pool", "data", "fresh", "full"])
 def bench_train_step(benchmark, rollout):
     trainer = Trainer(TrainConfig(rollout=rollout), load_pretrained())
-    trainer.train_step()  # fills the pool
+    trainer.train_step()
     filling = trainer.state.reference_evaluations
     benchmark.group = "training step, demo, batch 128"
     benchmark.pedantic(trainer.train_step, warmup_rounds=3, rounds=20)
     samples = (trainer.state.step - 1) * trainer.config.train_batch_size
     benchmark.extra_info["reference_evaluations_per_sample"] = (trainer.state.reference_evaluations - filling) / samples
+
+
+def demo() -> PretrainedModel:
+    return load_pretrained(device=DEVICE, weights_device=DEVICE)
+
+
+def unet() -> PretrainedModel:
+    """SD1.5's UNet with random weights: whole in bf16 on a GPU; on a CPU a tenth as wide, with two levels, for 16 x 16."""
+    torch.manual_seed(0)
+    small = {
+        "block_out_channels": (32, 64), "cross_attention_dim": 64, "layers_per_block": 1, "norm_num_groups": 8,
+        "attention_head_dim": 2, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }  # fmt: skip
+    side, cross, dtype = (64, 768, torch.bfloat16) if ON_GPU else (16, 64, torch.float32)
+    options = {"attention_head_dim": 8, "cross_attention_dim": cross} if ON_GPU else small
+    model = UNet2DConditionModel(sample_size=side, **options)
+    model = model.eval().requires_grad_(False)
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+    rows = torch.randn(PROMPTS + 1, 77, cross, device=DEVICE, dtype=dtype)
+    conditions = Conditions(PROMPTS, {"encoder_hidden_states": rows}, {})
+    return PretrainedModel(StableDiffusion(), model, scheduler, conditions, (4, side, side), DEVICE, dtype)
+
+
+MODELS = {"demo, batch 128": (demo, 128), "UNet, batch 20": (unet, 20)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def bench_against_the_released_loop(benchmark, name):
+    make, batch_size = MODELS[name]
+    config = TrainConfig(train_batch_size=batch_size, pool_size=2, lr_warmup_steps=0, max_train_steps=10**6)
+    trainers = {
+        "pool": Trainer(config, make()),
+        "pool, compiled": Trainer(replace(config, compile=True), make()),
+    }
+    arms = {"released": ReleasedLoop(config, make()).train_step}
+    arms |= {arm: trainer.train_step for arm, trainer in trainers.items()}
+    for step in arms.values():
+        for _ in range(8):  # compiled, watched, captured
+            step()
+
+    timers = {arm: partial(seconds_of, step) for arm, step in arms.items()}
+    measured = interleaved(timers, ROUNDS)
+    middle = {arm: quartiles(values)[1] for arm, values in measured.items()}
+    benchmark.extra_info["seconds"] = {arm: quartiles(values) for arm, values in measured.items()}
+    benchmark.extra_info["startup_seconds"] = {arm: trainer.state.startup_seconds for arm, trainer in trainers.items()}
+    ratios = (f"{middle['released'] / middle[arm]:.2f}" for arm in trainers)
+    benchmark.extra_info["training"] = name, *(f"{middle[arm] * 1e3:.3g}" for arm in arms), *ratios
+    benchmark.group = f"training step, {name}"
+    benchmark.pedantic(arms["pool"], rounds=ROUNDS)
+
+
+def seconds_of(step) -> float:
+    """Of one step, to its end on the device."""
+    started = time.perf_counter()
+    step()
+    if ON_GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

@@ -10,6 +10,11 @@ import torch
 from selfnpo.env import describe
 
 TABLES = {  # by the entry of extra_info that holds their rows
+    "training": (
+        "a training step against a loop that does what the released code does",
+        "x: samples per second as multiples of that loop; benchmarks/released_loop.py names what it substitutes",
+        ("model", "released ms", "pool ms", "pool, compiled ms", "x pool", "x pool, compiled"),
+    ),
     "row": (
         "fused ops against PyTorch",
         "of copy: bytes that the op must move, against tensor.copy_",
