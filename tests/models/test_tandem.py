@@ -1,0 +1,167 @@
+"""How reference and student share a step: what is possible, what is chosen, and that nothing else changes."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from commands import call
+from runs import settings, start
+from selfnpo import tandem
+from selfnpo.config import TrainConfig
+from selfnpo.errors import UserError
+from selfnpo.feasible import capture_obstacle, check_feasible, strategies
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.999])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_shared_training_is_sequential_training(models, decay, checkpointing, scale):
+    config = settings(
+        models("stable_diffusion"), rank=2, reference_decay=decay, gradient_checkpointing=checkpointing,
+        rollout_guidance_scale=scale, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    one, other = start(config), start(replace(config, tandem="shared"))
+    for _ in range(4):
+        assert other.train_step()[0].item() == pytest.approx(one.train_step()[0].item(), rel=1e-4)
+    expected, got = one.state.tensors(), other.state.tensors()
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-3, atol=2e-4, msg=name)
+    assert other.state.strategy == "shared"
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "expected"),
+    [
+        ({}, CPU, ["sequential"]),
+        ({"rank": 4}, CPU, ["sequential", "shared"]),
+        ({"rank": 4, "compile": True}, CPU, ["sequential"]),
+        ({"rank": 4, "attention": "xformers"}, CPU, ["sequential"]),
+        ({"rank": 4, "rollout_guidance_scale": 3.0}, CPU, ["sequential"]),
+        ({"rank": 4}, CUDA, ["sequential", "streams", "shared"]),
+        ({"capture": "off"}, CUDA, ["sequential"]),
+        ({"rollout": "fresh", "rank": 4}, CUDA, ["sequential"]),
+    ],
+)
+def test_what_can_run(changes, device, expected):
+    assert strategies(TrainConfig(**changes), device) == expected
+
+
+@pytest.fixture
+def arms(monkeypatch, tmp_path):
+    """Probes that say that they took so many milliseconds."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def make(**milliseconds):
+        monkeypatch.setattr(tandem, "_measure", lambda probes, device: {name: milliseconds[name] for name in probes})
+        return dict.fromkeys(milliseconds, lambda: ())
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("shared", "expected"), [(90.0, "shared"), (96.9, "shared"), (97.1, "sequential"), (120.0, "sequential")]
+)
+def test_the_faster_one_is_taken_if_it_is_worth_it(arms, shared, expected):
+    said = []
+    assert tandem.choose(arms(sequential=100.0, shared=shared), lambda: "here", CPU, said.append) == expected
+    assert said == [f"reference and student: {expected} (sequential 100 ms, shared {shared:.3g} ms)"]
+
+
+def test_a_choice_is_remembered_for_what_it_depends_on(arms, tmp_path):
+    assert tandem.choose(arms(sequential=2.0, shared=1.0), lambda: "here", CPU) == "shared"
+    slower = arms(sequential=1.0, shared=2.0)
+    assert tandem.choose(slower, lambda: "here", CPU) == "shared"
+    assert tandem.choose(slower, lambda: "there", CPU) == "sequential"
+    file = tmp_path / "selfnpo" / "tandem.json"
+    assert json.loads(file.read_text())["here"] == {"strategy": "shared", "milliseconds": {"sequential": 2.0, "shared": 1.0}}
+    file.write_text("{ not json")
+    assert tandem.choose(slower, lambda: "here", CPU) == "sequential"
+    assert tandem.choose({"sequential": None}, None, CPU) == "sequential"  # nothing to measure, and nothing asked
+
+
+def test_measured_on_this_machine_and_kept_by_a_resumed_run(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = settings(models("class_conditional"), rank=2, tandem="auto")
+    first = start(config, tmp_path / "run")
+    before = {name: tensor.clone() for name, tensor in first.state.tensors().items() if not name.startswith("rollout")}
+    first.step.prepare()
+    assert all(tensor.equal(before[name]) for name, tensor in first.state.tensors().items() if name in before)
+    assert "reference and student: " in capsys.readouterr().out
+    first.state.strategy = other = "shared" if first.state.strategy == "sequential" else "sequential"
+    first._checkpoint()
+    resumed = start(replace(config, resume_from_checkpoint="latest"), tmp_path / "run")
+    resumed.step.prepare()
+    assert resumed.step.tandem.strategy == other
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, ""),
+        ({"rollout": "data"}, "rollout is data, whose batches change their size"),
+        ({"low_vram": True}, "low_vram keeps weights or prompts on the host"),
+        ({"use_8bit_adam": True}, "use_8bit_adam counts its steps on the host"),
+        ({"mixed_precision": "fp16"}, "mixed_precision is fp16"),
+    ],
+)
+def test_settings_that_cannot_be_captured(changes, reason):
+    config = TrainConfig(capture="on", **changes)
+    assert capture_obstacle(config, CUDA).startswith(reason)
+    if reason:
+        with pytest.raises(UserError, match=f"capture is on, but {reason}"):
+            check_feasible(config, CUDA)
+    else:
+        check_feasible(config, CUDA)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--capture", "on"], "capture is on, but CUDA graphs need an NVIDIA GPU, and there is none; leave --capture out"),
+        (["--tandem", "streams"], "tandem is streams, which needs a step captured in a CUDA graph (CUDA graphs need"),
+        (["--tandem", "shared"], "tandem is shared, which needs a LoRA (--rank), rollout pool"),
+        (["--compile", "--low_vram"], "compile and low_vram are both on"),
+        (["--compile", "--attention", "xformers"], "compile is on with attention xformers"),
+    ],
+)
+def test_impossible_settings_are_said_before_weights_load(tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.delattr("selfnpo.train.load_base")
+    assert call("train", "--output_dir", tmp_path / "run", *flags) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_compiler_is_said(monkeypatch):
+    def nothing():
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr("selfnpo.feasible.get_cpp_compiler", nothing)
+    with pytest.raises(UserError, match=r"compile is on, which needs a C\+\+ compiler: No working"):
+        check_feasible(TrainConfig(compile=True), CPU)
+
+
+def test_out_of_memory_names_settings_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    from selfnpo import train
+    from selfnpo.checkpoint import list_checkpoints, load_checkpoint
+    from selfnpo.trainer import Trainer
+
+    ordinary = Trainer.train_step
+
+    def fails(self):
+        if self.state.step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return ordinary(self)
+
+    monkeypatch.setattr(Trainer, "train_step", fails)
+    config = TrainConfig(output_dir=tmp_path / "run", train_batch_size=8, checkpointing_steps=2, max_train_steps=6)
+    with pytest.raises(UserError, match=r"out of memory on cpu \(CUDA out of memory.*; by the counted plan .*checkpoint-2;"):
+        train.main(config)
+    (kept,) = list_checkpoints(tmp_path / "run")
+    assert load_checkpoint(kept)[1]["step"] == 2
