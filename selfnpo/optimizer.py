@@ -8,7 +8,7 @@
 Of what changes from step to step, the fused form keeps nothing on the host.
 """
 
-from collections.abc import Iterable
+from itertools import compress
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class FusedAdamW(torch.optim.Optimizer):
         self.count = torch.zeros(1, dtype=torch.int64, device=device)
         self.lr = torch.zeros(1, device=device)
         self.sums: dict[Tensor, Tensor] = {}
+        self._known_columns: dict[tuple[bool, ...], dict[str, list[Tensor]]] = {}
 
     def set_rate(self) -> None:
         """The learning rate of the next step, from the host: no part of a captured step."""
@@ -69,26 +70,32 @@ class FusedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> Tensor:
         found = self.sums or {param: param.grad for param in self.params if param.grad is not None}
-        used, grads = [number for number, param in enumerate(self.params) if param in found], [*found.values()]
+        grads = [*found.values()]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
         self.count.add_(1)
-        student, fused = self.student, self.student.is_averaged_here
-
-        def of_used(tensors: Iterable[Tensor]) -> list[Tensor]:
-            tensors = [*tensors]
-            return [tensors[number] for number in used] if tensors else []
-
         fused_adamw_(
-            of_used(self.params), grads,
-            *(of_used(self.state[param][key] for param in self.params) for key in ("exp_avg", "exp_avg_sq")),
-            step=self.count, lr=self.lr, grad_scale=(self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0),
-            lows=of_used(student.lows.values()), emas=of_used(student.averaged.values()) if fused else None,
-            ema_lows=of_used(student.averaged_lows.values()) if fused else None, ema_decay=self.ema_decay, **self.options,
+            grads=grads, **self._columns(tuple(param in found for param in self.params)), step=self.count, lr=self.lr,
+            grad_scale=(self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), ema_decay=self.ema_decay, **self.options,
         )  # fmt: skip
-        if not fused:
-            average(student, self.ema_decay)
+        if not self.student.is_averaged_here:
+            average(self.student, self.ema_decay)
         self.zero_grad()
         return norm
+
+    def _columns(self, used: tuple[bool, ...]) -> dict[str, list[Tensor]]:
+        """Everything of the parameters that have gradients, but the gradients."""
+        if used not in self._known_columns:
+            student, averaged = self.student, self.student.is_averaged_here
+            columns = {
+                "params": self.params,
+                "exp_avgs": [self.state[param]["exp_avg"] for param in self.params],
+                "exp_avg_sqs": [self.state[param]["exp_avg_sq"] for param in self.params],
+                "lows": [*student.lows.values()],
+                "emas": [*student.averaged.values()] if averaged else [],
+                "ema_lows": [*student.averaged_lows.values()] if averaged else [],
+            }
+            self._known_columns[used] = {name: [*compress(tensors, used)] for name, tensors in columns.items()}
+        return self._known_columns[used]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

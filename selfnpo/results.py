@@ -90,7 +90,7 @@ def compute_cost(state: TrainState, meter: Meter, flops: Flops) -> dict[str, Any
         device, state.seconds + state.startup_seconds, state.step * per_step, matmul_peak(device, state.base.dtype)
     )
     found |= meter.report() | {"counted_tflop_per_step": per_step / 1e12}
-    if device.type != "cuda":
+    if device.type != "cuda" and not state.base.source.is_demo:  # on which no GPU would be busy
         found["predicted_gpu_hours"] = predicted(config.max_train_steps * per_step)
     return found
 

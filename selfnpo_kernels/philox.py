@@ -22,24 +22,24 @@ def philox_4x32(counter: Tensor, seed: int | Tensor) -> Tensor:
 
     Args:
         counter: int64 `[..., 4]`, each entry an unsigned 32-bit word.
-        seed: 64-bit key; a tensor holds it as int64.
+        seed: 64-bit key; a tensor of one element holds it as int64.
 
     Returns:
         int64 `[..., 4]` holding unsigned 32-bit words.
     """
-    c0, c1, c2, c3 = counter.unbind(-1)
-    k0, k1 = seed & MASK, (seed >> 32) & MASK
+    if not isinstance(seed, Tensor):
+        seed = seed if seed < 2**63 else seed - 2**64
+    shape = (2, *(1,) * (counter.ndim - 1))  # what belongs to words 0 and 2 side by side, as what belongs to 1 and 3
+    which = torch.arange(2, device=counter.device).reshape(shape)
+    multipliers, weyl = (first + which * (second - first) for first, second in (MULTIPLIERS, WEYL))
+    key = (seed >> (32 * which)) & MASK
+    even, odd = counter[..., 0::2].movedim(-1, 0), counter[..., 1::2].movedim(-1, 0)
     for _ in range(10):
         # The 64-bit products wrap as signed integers; masking after the shift recovers the unsigned high word.
-        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((product1 >> 32) & MASK) ^ c1 ^ k0,
-            product1 & MASK,
-            ((product0 >> 32) & MASK) ^ c3 ^ k1,
-            product0 & MASK,
-        )
-        k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
-    return torch.stack((c0, c1, c2, c3), dim=-1)
+        product = (even * multipliers).flip(0)
+        even, odd = ((product >> 32) & MASK) ^ odd ^ key, product & MASK
+        key = (key + weyl) & MASK
+    return torch.stack((even[0], odd[0], even[1], odd[1]), dim=-1)
 
 
 def words(blocks: int, seed: int | Tensor, step: int | Tensor, site: int, sample_ids: Tensor) -> Tensor:
