@@ -1,4 +1,4 @@
-"""Which of PyTorch's attention backends serves each layer, by measurement: the fastest depends on the shape and the GPU."""
+"""Which of PyTorch's attention backends serves each layer: on a GPU by measurement, for shape and GPU decide."""
 
 import time
 import warnings
@@ -64,6 +64,10 @@ class Call:
     device: torch.device
     options: tuple[tuple[str, Any], ...]
 
+    @property
+    def keys(self) -> int:
+        return self.layouts[1][0][-2]
+
 
 def choose_attention(
     model: ModelMixin, run: Callable[[], object], backends: Sequence[SDPBackend] | None = None
@@ -85,14 +89,32 @@ def choose_attention(
         best = min(times, key=times.__getitem__)
         fastest[call] = best if times[best] <= (1 - GAIN) * times[None] else None
         named = {NAMES[backend]: each for backend, each in times.items()}
-        (query, _), (key, _), _ = call.layouts
-        choices.append(Choice((query, key[-2]), NAMES[fastest[call]], named, modules))
+        query, _ = call.layouts[0]
+        choices.append(Choice((query, call.keys), NAMES[fastest[call]], named, modules))
+    _assign(calls, fastest)
+    return choices
+
+
+def spare_single_keys(model: ModelMixin, run: Callable[[], object]) -> None:
+    """The choice on a CPU, which measures nothing, so that a run gives the same bits again: flash but for a single key.
+
+    Softmax over one number is 1: the value is handed through. Flash spends a kernel on that, and gives query and key noise
+    in place of gradients of zero; `torch.compile` leaves little of the plain formula.
+
+    Args:
+        run: one forward pass of `model`, with one sample or more.
+    """
+    calls = _record(model, run)
+    _assign(calls, {call: MATH if call and call.keys == 1 else None for made in calls.values() for call in made})
+
+
+def _assign(calls: dict[nn.Module, set["Call | None"]], fastest: dict["Call | None", SDPBackend | None]) -> None:
+    """Give every layer its backend, and where its calls disagree PyTorch's own choice."""
     for module, made in calls.items():
         winners = {fastest[call] for call in made}
         backend = winners.pop() if len(winners) == 1 else None
         processor = module.processor.processor if isinstance(module.processor, Chosen) else module.processor
         module.set_processor(processor if backend is None else _class_for(type(processor))(processor, backend))
-    return choices
 
 
 def _record(model: ModelMixin, run: Callable[[], object]) -> dict[nn.Module, set[Call | None]]:

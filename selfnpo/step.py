@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from selfnpo.attention import choose_attention, describe
+from selfnpo.attention import choose_attention, describe, spare_single_keys
 from selfnpo.capture import Replayed
 from selfnpo.env import device_name
 from selfnpo.feasible import capture_obstacle, strategies
@@ -52,9 +52,12 @@ class TrainingStep:
             return
         state, config, device = self.state, self.config, self.base.device
         started = time.perf_counter()
-        if config.attention == "auto" and device.type == "cuda":
+        if config.attention == "auto":
             for network in state.student.networks():
-                print(describe(choose_attention(network, lambda: self._probe(self.tandem))))
+                if device.type == "cuda":
+                    print(describe(choose_attention(network, lambda: self._probe(self.tandem))))
+                else:
+                    spare_single_keys(network, partial(self._one_sample, network))
         if state.step == 0:  # before anything is compiled, for batches of all sizes come up
             state.reference_evaluations += state.rollout.fill(state.student.reference)
         if config.compile:
@@ -101,6 +104,11 @@ class TrainingStep:
             loss.backward()
         self.state.optimizer.zero_grad()
         return (loss.detach(),)
+
+    @torch.no_grad()
+    def _one_sample(self, network: nn.Module) -> Tensor:
+        sample, zero = torch.ones(1, *self.base.sample_shape, device=self.base.device), torch.zeros(1, dtype=torch.int64)
+        return self.base.predict(network, sample, zero, zero)
 
     def _step(self) -> tuple[Tensor, ...]:
         """What the device does in one step: (loss, gradient norm). It may be captured in a graph."""

@@ -86,24 +86,28 @@ def _check(lists: dict[str, list[Tensor]], scalars: dict[str, Tensor | None]) ->
         raise ValueError(f"fused_adamw_ got grads of {grad}; expected float32, bfloat16 or float16")
     if bool(lists["ema_lows"]) != (split and bool(lists["emas"])):
         raise ValueError("fused_adamw_ got averages in another layout than params; expected ema_lows exactly where lows is")
+    shapes, strides = [param.shape for param in params], [param.stride() for param in params]
     for name, tensors in lists.items():
         if name in ("lows", "emas", "ema_lows") and not tensors:
             continue
         if len(tensors) != len(params):
             raise ValueError(f"fused_adamw_ got {len(tensors)} {name} for {len(params)} params; expected as many")
-        for param, tensor in zip(params, tensors, strict=True):
-            if tensor.shape != param.shape or tensor.dtype != dtypes[name] or tensor.device != device:
-                raise ValueError(
-                    f"fused_adamw_ got one of {name} as {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; "
-                    f"expected {dtypes[name]} {tuple(param.shape)} on {device}"
-                )
-            if name != "grads" and tensor.stride() != param.stride():
-                raise ValueError(f"fused_adamw_ got {name} stored unlike its parameter: {tensor.stride()}, {param.stride()}")
-            if name == "params" and not tensor.is_contiguous(memory_format=memory_format(tensor)):
-                raise ValueError(
-                    f"fused_adamw_ got a parameter {tuple(tensor.shape)} with strides {tensor.stride()}; "
-                    "expected it row-major or channels last, as contiguous() makes it"
-                )
+        # Whole columns are compared: a model has hundreds of parameters, and every step comes here.
+        expected = [(shape, dtypes[name], device) for shape in shapes]
+        found = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        if found != expected:
+            pairs = zip(found, expected, strict=True)
+            got, wanted = next((_kind(*got), _kind(*wanted)) for got, wanted in pairs if got != wanted)
+            raise ValueError(f"fused_adamw_ got one of {name} as {got}; expected {wanted}")
+        for got, expected in zip([tensor.stride() for tensor in tensors], strides, strict=True):
+            if got != expected and name != "grads":
+                raise ValueError(f"fused_adamw_ got {name} stored unlike its parameter: {got}, {expected}")
+    for param in params:
+        if not param.is_contiguous() and not param.is_contiguous(memory_format=memory_format(param)):
+            raise ValueError(
+                f"fused_adamw_ got a parameter {tuple(param.shape)} with strides {param.stride()}; "
+                "expected it row-major or channels last, as contiguous() makes it"
+            )
     for name, value in scalars.items():
         dtype = torch.int64 if name == "step" else torch.float32
         if value is not None and (value.numel() != 1 or value.dtype != dtype or value.device != device):
@@ -111,6 +115,10 @@ def _check(lists: dict[str, list[Tensor]], scalars: dict[str, Tensor | None]) ->
                 f"fused_adamw_ got {name} as {value.dtype} {tuple(value.shape)} on {value.device}; "
                 f"expected one {dtype} element on {device}"
             )
+
+
+def _kind(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
+    return f"{dtype} {tuple(shape)} on {device}"
 
 
 torch.library.define(

@@ -15,8 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from pretended_device import pretended_device
 from selfnpo import attention
-from selfnpo.attention import Choice, Chosen, choose_attention, describe
+from selfnpo.attention import Choice, Chosen, choose_attention, describe, spare_single_keys
+from selfnpo.config import TrainConfig
 from selfnpo.models import ModelOptions, load_pretrained
+from selfnpo.trainer import Trainer
 
 CUDNN, FLASH, MATH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
 FLASH_OP, MATH_OP = "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_attention_math"
@@ -323,6 +325,26 @@ def test_gradients_are_those_of_pytorchs_choice(load, timed):
         choose_attention(model.denoiser, model)
         gradients.append(torch.autograd.grad(model().square().mean(), [*model.denoiser.parameters()], allow_unused=True))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+def test_on_a_cpu_a_single_key_costs_no_kernel_and_has_no_gradient(attention):
+    """The demo's models see one token each."""
+    trainer = Trainer(TrainConfig(pool_size=1, train_batch_size=4, attention=attention), load_pretrained())
+    trainer.train_step()
+    spared = attention == "auto"
+    assert calls(trainer.train_step) == ({"flash": 0, "math": 4} if spared else {"flash": 4, "math": 0})
+    moments = trainer.state.optimizer.tensors()
+    of_queries = [moment for name, moment in moments.items() if "to_q" in name and name.endswith("exp_avg")]
+    assert len(of_queries) == 4
+    assert all((moment == 0).all() == spared for moment in of_queries)
+
+
+def test_on_a_cpu_several_keys_stay_with_pytorchs_choice(load):
+    model = load("stable_diffusion")
+    before = model.processors()
+    spare_single_keys(model.denoiser, model)
+    assert model.processors() == before
 
 
 def test_lines_for_the_output():
