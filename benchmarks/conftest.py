@@ -12,7 +12,7 @@ from selfnpo.env import describe
 TABLES = {  # by the entry of extra_info that holds their rows
     "training": (
         "a training step against a loop that does what the released code does",
-        "x: samples per second as multiples of that loop; benchmarks/released_loop.py names what it substitutes",
+        "x: samples per second as multiples of benchmarks/released_loop.py; in turns on a CPU, apart on a GPU",
         ("model", "released ms", "pool ms", "pool, compiled ms", "x pool", "x pool, compiled"),
     ),
     "row": (
@@ -71,7 +71,7 @@ def pytest_terminal_summary(terminalreporter, config):
             continue
         terminalreporter.section(title)
         terminalreporter.line(f"{about['gpu'] if torch.cuda.is_available() else about['cpu']}, torch {torch.__version__}")
-        terminalreporter.line(f"medians of interleaved rounds; {legend}")
+        terminalreporter.line(f"medians; {legend}")
         terminalreporter.line("")
         for row in (header, tuple("-" for _ in header), *rows):
             terminalreporter.line("| " + " | ".join(map(str, row)) + " |")

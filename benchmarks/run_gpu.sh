@@ -105,12 +105,12 @@ export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 test_part() { part "$1" "$2" "${run_pytest[@]}" "--junitxml=$OUT/$1.xml" "${@:3}"; }
 bench_part() { part "$1" "$2" "${run_pytest[@]}" --benchmark-only "--benchmark-json=$OUT/$1.json" "benchmarks/$3.py"; }
 
-part build 90 "${build[@]}"
+part build 60 "${build[@]}"
 part env 20 "$PYTHON" -m selfnpo.env
 if command -v nvidia-smi >/dev/null; then timeout 20 nvidia-smi -q >"$OUT/nvidia-smi.txt" 2>&1; fi
-test_part kernels 90 -m gpu tests/kernels
-test_part steps 120 -m gpu tests/gpu
-bench_part train-bench 120 bench_train_step
+test_part kernels 80 -m gpu tests/kernels
+test_part steps 100 -m gpu tests/gpu
+bench_part train-bench 180 bench_train_step
 bench_part ops-bench 60 bench_ops
 bench_part guidance-bench 40 bench_guidance
 test_part kernels-all "$TOTAL" tests/kernels # with the time that the others left

@@ -36,7 +36,7 @@ class TrainingStep:
             condition_dropout=config.condition_dropout,
             seed=config.seed,
         )
-        self.reference = state.rollout.reference
+        self.reference = state.rollout.reference  # None where a rollout brings its targets without one
         self.tandem = Tandem(state.student, self.reference, "sequential")
         self.evaluations = 0  # of the reference in the last step
         self._execute: Callable[[], tuple[Tensor, ...]] | None = None
@@ -81,6 +81,8 @@ class TrainingStep:
 
     def _strategies(self) -> list[str]:
         config, possible = self.config, strategies(self.config, self.base.device)
+        if self.reference is None:
+            return ["sequential"]
         if config.tandem != "auto":
             return [config.tandem]
         return [self.state.strategy] if self.state.strategy in possible else possible  # a resumed run goes on as it began
@@ -97,10 +99,10 @@ class TrainingStep:
         size, base = self.config.train_batch_size, self.base
         position, condition = (torch.zeros(size, dtype=torch.int64, device=base.books) for _ in range(2))
         sample = torch.ones(size, *base.sample_shape, device=base.device)
-        batch = Truncated(sample, None, position, condition, 0)
+        batch = Truncated(sample, None if self.reference else sample, position, condition, 0)
         jumped = self.objective.jump(batch, self.state.counter)
-        with tandem(batch, slice(None), jumped) as (_, model_output):
-            loss = self.objective.loss(jumped, model_output, sample)
+        with self._evaluated(tandem, batch, slice(None), jumped, []) as (target, model_output):
+            loss = self.objective.loss(jumped, model_output, target)
             loss.backward()
         self.state.optimizer.zero_grad()
         return (loss.detach(),)
@@ -122,7 +124,7 @@ class TrainingStep:
             part = slice(start, start + config.train_batch_size)
             with torch.no_grad():
                 jumped = self.objective.jump(batch, step, part)
-            with self._evaluated(batch, part, jumped, moved) as (target, model_output):
+            with self._evaluated(self.tandem, batch, part, jumped, moved) as (target, model_output):
                 loss = self.objective.loss(jumped, model_output, target) / config.gradient_accumulation_steps
                 state.scaler.scale(loss).backward()
             if config.gradient_accumulation_steps > 1:
@@ -136,7 +138,7 @@ class TrainingStep:
 
     @contextmanager
     def _evaluated(
-        self, batch: Truncated, part: slice, jumped: Jumped, moved: list[Tensor]
+        self, tandem: Tandem, batch: Truncated, part: slice, jumped: Jumped, moved: list[Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The target at x_t and the student's output at x_s; holds to the end of the backward pass."""
         student = self.state.student
@@ -145,7 +147,7 @@ class TrainingStep:
                 asked = jumped.sample, jumped.timesteps, jumped.condition
                 yield batch.target[part], self.base.predict(student.student, *asked)
             return
-        with self.tandem(batch, part, jumped) as (outputs, model_output):
+        with tandem(batch, part, jumped) as (outputs, model_output):
             prev_sample, target = self.reference.move_on(batch.sample[part], batch.position[part], outputs)
             moved.append(prev_sample)
             yield target, model_output

@@ -36,7 +36,7 @@ class Tandem:
     """One strategy."""
 
     def __init__(self, student: Student, reference: Reference, strategy: str):
-        self.student, self.reference, self.base, self.strategy = student, reference, reference.base, strategy
+        self.student, self.reference, self.strategy = student, reference, strategy
         self.side = torch.cuda.Stream() if strategy == "streams" else None
 
     @contextmanager
@@ -50,7 +50,8 @@ class Tandem:
             return
         outputs = self._evaluate(*asked) if self.side is None else on_stream_of(self.side, lambda: self._evaluate(*asked))
         with self.student.training():
-            model_output = self.base.predict(self.student.student, jumped.sample, jumped.timesteps, jumped.condition)
+            base = self.reference.base
+            model_output = base.predict(self.student.student, jumped.sample, jumped.timesteps, jumped.condition)
             if self.side is not None:
                 torch.cuda.current_stream().wait_stream(self.side)
             yield outputs, model_output
@@ -63,7 +64,7 @@ class Tandem:
     def _shared(
         self, sample: Tensor, position: Tensor, condition: Tensor, jumped: Jumped
     ) -> Iterator[tuple[Outputs, Tensor]]:
-        student, base = self.student, self.base
+        student, base = self.student, self.reference.base
         if self.reference.guidance_scale == 0:
             condition = torch.full_like(condition, base.null_condition)
         one = base.arguments(sample, self.reference.timesteps[base.move(position)], condition)

@@ -50,7 +50,9 @@ class Runs:
 
 def call(script: Path, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
     command = ["bash", script, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=240)
+    # pytest-benchmark takes a run within a worker of pytest-xdist for one of its own, and measures nothing there.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return subprocess.run(command, capture_output=True, text=True, env=inherited | environment, timeout=240)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The loop: known losses, exact resume, stopping, and what a crash leaves behind."""
 
+import copy
 import json
 import os
 import random
@@ -19,6 +20,8 @@ from selfnpo.config import PRESETS, TrainConfig, preset_config
 from selfnpo.errors import UserError
 from selfnpo.models import DEMO_FOLDER
 from selfnpo.trainer import Trainer
+from selfnpo.world.baselines import ShuffledLabels
+from selfnpo.world.data import halves
 
 SHORT = TrainConfig(
     max_train_steps=12,
@@ -49,6 +52,16 @@ def assert_same_state(one, other):
     assert all(a[name].equal(b[name]) for name in a)
     for name in ("step", "reference_evaluations"):
         assert getattr(one.state, name) == getattr(other.state, name)
+
+
+@pytest.mark.parametrize("changes", [{}, {"compile": True}])
+def test_a_rollout_without_a_reference_trains(demo, changes):
+    config = replace(SHORT, **changes)
+    labels = ShuffledLabels(halves("development")[0], config.train_batch_size, config.seed, config.num_inference_steps)
+    trainer = Trainer(config, copy.deepcopy(demo), rollout=labels)
+    assert trainer.run() == "completed"
+    assert trainer.state.reference_evaluations == 0
+    assert trainer.state.student.relative_delta() > 0
 
 
 def test_golden_losses(demo):
