@@ -4,7 +4,6 @@ pytest benchmarks/bench_train_step.py --benchmark-only
 """
 
 import gc
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from benchmarks.measure import interleaved, quartiles
 from benchmarks.released_loop import ReleasedLoop
 from selfnpo.config import TrainConfig
+from selfnpo.meter import seconds_of
 from selfnpo.models import Conditions, PretrainedModel, default_device, load_pretrained
 from selfnpo.models.stable_diffusion import StableDiffusion
 from selfnpo.trainer import Trainer
@@ -76,20 +76,18 @@ def bench_against_the_released_loop(benchmark, name):
         "pool, compiled": partial(Trainer, replace(config, compile=True)),
     }
     benchmark.group = f"training step, {name}"
-    seconds, startup = {}, {}
-    if ON_GPU:  # one after the other: the activations of three loops fill more than one GPU
-        for arm, loop in loops.items():
-            timed = warmed_up(loop(make()), startup, arm)
-            seconds[arm] = [timed() for _ in range(ROUNDS)]
-            if arm == "pool, compiled":
-                benchmark.pedantic(timed, rounds=ROUNDS)
-            del timed
-            gc.collect()
-            torch.cuda.empty_cache()
-    else:
-        timers = {arm: warmed_up(loop(make()), startup, arm) for arm, loop in loops.items()}
+    timers, seconds, startup = {}, {}, {}
+    for arm, loop in loops.items():
+        timers[arm], startup[arm] = warmed_up(loop(make()))
+        if ON_GPU:  # one after the other: the activations of three loops fill more than one GPU
+            seconds[arm] = [timers[arm]() for _ in range(ROUNDS)]
+            if arm != "pool, compiled":
+                del timers[arm]
+                gc.collect()
+                torch.cuda.empty_cache()
+    if not ON_GPU:
         seconds = interleaved(timers, ROUNDS)
-        benchmark.pedantic(timers["pool, compiled"], rounds=ROUNDS)
+    benchmark.pedantic(timers["pool, compiled"], rounds=ROUNDS)
     measured = {arm: quartiles(values) for arm, values in seconds.items()}
     middle = {arm: values[1] for arm, values in measured.items()}
     ratios = (f"{middle['released'] / middle[arm]:.2f}" for arm in ("pool", "pool, compiled"))
@@ -97,18 +95,9 @@ def bench_against_the_released_loop(benchmark, name):
     benchmark.extra_info["training"] = name, *(f"{value * 1e3:.3g}" for value in middle.values()), *ratios
 
 
-def warmed_up(loop: ReleasedLoop | Trainer, startup: dict[str, float], arm: str) -> Callable[[], float]:
-    """A function that takes a step and returns its seconds, to its end on the device."""
-
-    def timed() -> float:
-        started = time.perf_counter()
-        loop.train_step()
-        if ON_GPU:
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
+def warmed_up(loop: ReleasedLoop | Trainer) -> tuple[Callable[[], float], float | None]:
+    """A function that takes a step and returns its seconds, to its end on the device; and what starting took."""
+    timed = partial(seconds_of, loop.train_step, DEVICE)
     for _ in range(8):  # compiled, watched, captured
         timed()
-    if isinstance(loop, Trainer):
-        startup[arm] = loop.state.startup_seconds
-    return timed
+    return timed, loop.state.startup_seconds if isinstance(loop, Trainer) else None

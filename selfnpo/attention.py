@@ -21,7 +21,7 @@ CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
 EFFICIENT, MATH = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 NAMES = {None: "own choice", CUDNN: "cudnn", FLASH: "flash", EFFICIENT: "efficient", MATH: "math"}
 ORDER = [CUDNN, FLASH, EFFICIENT, MATH]  # what one cannot run, the next one might
-DEFAULTS = {"cuda": (FLASH, CUDNN, EFFICIENT), "cpu": (FLASH, MATH)}
+FUSED = (FLASH, CUDNN, EFFICIENT)
 WARM_UPS, ROUNDS = 3, 10
 GAIN = 0.03  # by which another backend must be faster than PyTorch's own choice
 SLEEP = 2_000_000  # cycles of a GPU, about a millisecond
@@ -69,9 +69,7 @@ class Call:
         return self.layouts[1][0][-2]
 
 
-def choose_attention(
-    model: ModelMixin, run: Callable[[], object], backends: Sequence[SDPBackend] | None = None
-) -> list[Choice]:
+def choose_attention(model: ModelMixin, run: Callable[[], object], backends: Sequence[SDPBackend] = FUSED) -> list[Choice]:
     """Give each attention layer of `model` the fastest backend for its shape, where that is not PyTorch's own choice.
 
     Layers that pass a mask, call attention in several ways with different winners, or have a processor with weights stay as
@@ -79,13 +77,13 @@ def choose_attention(
 
     Args:
         run: one forward pass of `model`, which is not compiled in it.
-        backends: those to try beside PyTorch's own choice; by default the fused ones on a GPU, flash and math on a CPU.
+        backends: those to try beside PyTorch's own choice; what cannot run is left out.
     """
     calls = _record(model, run)
     fastest: dict[Call | None, SDPBackend | None] = {None: None}
     choices = []
     for call, modules in Counter(call for made in calls.values() for call in made if call).items():
-        times = measure(call, DEFAULTS[call.device.type] if backends is None else backends)
+        times = measure(call, backends)
         best = min(times, key=times.__getitem__)
         fastest[call] = best if times[best] <= (1 - GAIN) * times[None] else None
         named = {NAMES[backend]: each for backend, each in times.items()}

@@ -37,7 +37,8 @@ def strategies(config: TrainConfig, device: torch.device) -> list[str]:
 
 
 def check_feasible(config: TrainConfig, device: torch.device) -> None:
-    """
+    """Refuse what cannot work, before weights load.
+
     Raises:
         UserError: settings that exclude each other, or that this machine cannot do.
     """

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
+from selfnpo.adapters import STUDENT, add_lora, lora_config, lora_layers, switch
 from selfnpo.cli import as_flags
 from selfnpo.config import TrainConfig, dtype_of
 from selfnpo.errors import UserError, first_line
 from selfnpo.models import SampleOptions, Source
 from selfnpo.optimizer import moment_bytes
-from selfnpo.student import STUDENT, add_lora, checkpoint_gradients, is_split, lora_config, lora_layers, switch
+from selfnpo.student import checkpoint_gradients, is_split
 
 SHARE_OF_DEVICE = 0.9  # of its memory, that a plan may take where an earlier one turned out too large
 LORA_RANK = 16  # that is advised in place of full weights
@@ -170,17 +171,14 @@ def memory_plan(config: TrainConfig, source: Source, prompts: int, device: torch
     model = nn.Module.to(source.empty_denoiser(), dtype)
     shape = source.family.sample_shape(source.config, source.scale, config)
     weights = sum(parameter.numel() for parameter in model.parameters())
+    trainable = make_trainable(config, source, model)
+    trained = sum(parameter.numel() for parameter in trainable)
     if config.rank:
-        trainable = [*add_lora(model, lora_config(config, source.family), STUDENT).values()]
-        switch(lora_layers(model).values(), STUDENT)
-        trained = sum(parameter.numel() for parameter in trainable)
         rows = {"base, shared by student and reference": weights * dtype.itemsize, "adapters": 4 * trained}
         rows["average of the adapters"] = 4 * trained if config.reference_decay < 1 else 0
     else:
-        trainable, trained = [*model.requires_grad_(True).parameters()], weights
         rows = {"student": 4 * weights}
         rows |= _reference(config, weights, dtype, device)
-    checkpoint_gradients(config, model)
     split = is_split(config, dtype)
     prompt_size = prompts * sum(map(prod, source.family.condition_shapes(source.config).values())) * dtype.itemsize
     on_device = not (config.low_vram and device.type == "cuda")
@@ -194,6 +192,21 @@ def memory_plan(config: TrainConfig, source: Source, prompts: int, device: torch
         f"activations ({config.train_batch_size} samples, estimated)": activations(config, source, model, shape),
     }
     return MemoryPlan(weights, trained, rows)
+
+
+def make_trainable(config: TrainConfig, source: Source, model: ModelMixin) -> list[nn.Parameter]:
+    """Turn a model on the meta device into the student that `config` asks for; returns what is trained.
+
+    Raises:
+        UserError: a LoRA that does not fit its layers.
+    """
+    if config.rank:
+        trainable = [*add_lora(model, lora_config(config, source.family), STUDENT).values()]
+        switch(lora_layers(model).values(), STUDENT)
+    else:
+        trainable = [*model.requires_grad_(True).parameters()]
+    checkpoint_gradients(config, model)
+    return trainable
 
 
 def _reference(config: TrainConfig, weights: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:

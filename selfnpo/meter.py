@@ -6,6 +6,7 @@ again. Elementwise operations and the optimizer are not counted.
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import pairwise
@@ -16,9 +17,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from selfnpo.config import TrainConfig
-from selfnpo.memory import call_on_meta
+from selfnpo.memory import call_on_meta, make_trainable
 from selfnpo.models import Source
-from selfnpo.student import STUDENT, add_lora, checkpoint_gradients, lora_config, lora_layers, switch
 
 PEAKS = {"A100": 312e12, "H100": 990e12, "H200": 990e12}  # FLOP/s of dense bf16 products, from the data sheets
 EFFICIENCY = 0.4  # share of these that a prediction assumes
@@ -47,12 +47,7 @@ def count_flops(config: TrainConfig, source: Source) -> Flops:
 
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         call()
-    if config.rank:
-        add_lora(model, lora_config(config, source.family), STUDENT)
-        switch(lora_layers(model).values(), STUDENT)
-    else:
-        model.requires_grad_(True)
-    checkpoint_gradients(config, model)
+    make_trainable(config, source, model)
     with FlopCounterMode(display=False) as training:
         call().sum().backward()
     return Flops(forward.get_total_flops(), training.get_total_flops())
@@ -62,6 +57,15 @@ def step_flops(config: TrainConfig, flops: Flops, evaluations_per_sample: float)
     """FLOPs of one optimizer step, with that many guided evaluations of the reference per sample."""
     branches = 1 if config.rollout_guidance_scale in (0, 1) else 2
     return config.total_batch_size * (flops.training + evaluations_per_sample * branches * flops.forward)
+
+
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
+    """Of one call, to its end on the device."""
+    started = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:

@@ -95,6 +95,7 @@ def draw_condition(reference: Reference, seed: int | Tensor, step: int, ids: Ten
 class Rollout(Protocol):
     """What the trainer asks for. `tensors` is all that a checkpoint must hold."""
 
+    reference: Reference | None  # None where targets come without one
     tensors: dict[str, Tensor]
     obstacle: str  # why drawing cannot be captured in a graph; empty where it can
 

@@ -103,7 +103,8 @@ class TrainState:
         }
         self.optimizer.restore(moments)
         for name, value in self.tensors().items():
-            value.copy_(tensors[name])
+            if not name.startswith("optimizer."):
+                value.copy_(tensors[name])
         self.lr_scheduler.load_state_dict(scalars["lr_scheduler"] | {"lr_lambdas": [None]})
         for group, rate in zip(self.lr_scheduler.optimizer.param_groups, scalars["lr_scheduler"]["_last_lr"], strict=True):
             group["lr"] = rate

@@ -12,6 +12,7 @@ from selfnpo.attention import choose_attention, describe, spare_single_keys
 from selfnpo.capture import Replayed
 from selfnpo.env import device_name
 from selfnpo.feasible import capture_obstacle, strategies
+from selfnpo.meter import seconds_of
 from selfnpo.objective import Jumped, TruncatedObjective
 from selfnpo.rollout import Truncated
 from selfnpo.schedule import make_grid, make_schedule
@@ -36,7 +37,7 @@ class TrainingStep:
             condition_dropout=config.condition_dropout,
             seed=config.seed,
         )
-        self.reference = state.rollout.reference  # None where a rollout brings its targets without one
+        self.reference = state.rollout.reference
         self.tandem = Tandem(state.student, self.reference, "sequential")
         self.evaluations = 0  # of the reference in the last step
         self._execute: Callable[[], tuple[Tensor, ...]] | None = None
@@ -64,7 +65,7 @@ class TrainingStep:
             state.student.compile(static=config.rollout == "pool")
             self.objective.compile()
             state.rollout.compile()
-            first, again = (_seconds(lambda: self._probe(self.tandem), device) for _ in range(2))
+            first, again = (seconds_of(lambda: self._probe(self.tandem), device) for _ in range(2))
             print(f"compiled in {first - again:.1f} s")
         arms = {name: Tandem(state.student, self.reference, name) for name in self._strategies()}
         probes = {name: partial(self._probe, arm) for name, arm in arms.items()}
@@ -151,11 +152,3 @@ class TrainingStep:
             prev_sample, target = self.reference.move_on(batch.sample[part], batch.position[part], outputs)
             moved.append(prev_sample)
             yield target, model_output
-
-
-def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    started = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started

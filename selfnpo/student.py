@@ -11,7 +11,6 @@ Averaging adapters averages their factors.
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -20,16 +19,15 @@ from typing import Protocol
 import torch
 from diffusers import ModelMixin
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
+from selfnpo.adapters import REFERENCE, STUDENT, add_lora, lora_config, lora_layers, switch
 from selfnpo.config import TrainConfig
 from selfnpo.errors import UserError, first_line
 from selfnpo.models import Family, PretrainedModel
 from selfnpo_kernels.reference import join_weights, split_weights
 
-STUDENT, REFERENCE = "student", "reference"  # names of adapters
 RECOMPILE_LIMIT = 128  # shapes of a model's blocks, twice: with gradients and without
 
 
@@ -196,47 +194,6 @@ class FullWeights:
         for parameter, master in zip(model.parameters(), masters(self).values(), strict=True):
             parameter.data.copy_(master)
         return model
-
-
-def lora_config(config: TrainConfig, family: Family) -> LoraConfig:
-    targets = list(config.lora_target_modules or family.lora_targets)
-    return LoraConfig(r=config.rank, lora_alpha=config.lora_alpha or config.rank, target_modules=targets)
-
-
-def add_lora(model: ModelMixin, lora: LoraConfig, name: str) -> dict[str, nn.Parameter]:
-    """Adapters at the layers of `model` that `lora` targets, in float32 and switched off; returns their parameters.
-
-    Raises:
-        UserError: no layer is targeted, or the rank is larger than a layer.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the second set is meant
-            inject_adapter_in_model(lora, model, name)
-    except ValueError as error:
-        targets = sorted(lora.target_modules)
-        raise UserError(f"lora_target_modules {targets} fit no layers: {first_line(error)}") from error
-    for path, layer in lora_layers(model).items():
-        largest = min(len(layer.weight), layer.weight[0].numel())
-        if lora.r > largest:
-            raise UserError(f"rank is {lora.r}, larger than the layer {path}; expected at most {largest}")
-        layer.enable_adapters(False)
-    found = {path: parameter for path, parameter in model.named_parameters() if f".{name}." in path}
-    for parameter in found.values():
-        parameter.data = parameter.data.float()
-    return found
-
-
-def lora_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-
-
-def switch(layers: Iterable[BaseTunerLayer], adapter: str | None) -> None:
-    """One set of adapters on, or none."""
-    for layer in layers:
-        if adapter is not None:
-            layer.set_adapter(adapter)
-        layer.enable_adapters(adapter is not None)
 
 
 class LowRank:

@@ -11,7 +11,6 @@ A naive joint batch would lose: autograd would differentiate the reference's hal
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from selfnpo.adapters import REFERENCE, STUDENT
 from selfnpo.capture import capture, on_stream
 from selfnpo.checkpoint import write_text
 from selfnpo.joint import joint, pair
+from selfnpo.meter import seconds_of
 from selfnpo.objective import Jumped
 from selfnpo.rollout import Reference, Truncated
-from selfnpo.student import REFERENCE, STUDENT, Student
+from selfnpo.student import Student
 
 GAIN = 0.03  # share of its time by which another strategy must beat `sequential`
 ROUNDS = 7
@@ -116,12 +117,9 @@ def _measure(probes: dict[str, Callable[[], tuple[Tensor, ...]]], device: torch.
     seconds: dict[str, list[float]] = {name: [] for name in probes}
     for turn in range(ROUNDS + 1):
         for name, probe in probes.items():
-            started = time.perf_counter()
-            probe()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            taken = seconds_of(probe, device)
             if turn:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(taken)
     return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
 
 

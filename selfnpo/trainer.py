@@ -69,7 +69,6 @@ class Trainer:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.state = TrainState.start(config, base, rollout or make_rollout(config, base, data))
         self.step = TrainingStep(self.state)
-        self.parameters = [*self.state.student.trainable.values()]
         self.meter = Meter(base.device)
         if config.resume_from_checkpoint is not None:
             latest = config.resume_from_checkpoint == "latest"

@@ -130,7 +130,10 @@ def test_the_reference_is_an_average_of_the_student(demo):
     expected = [parameter.clone() for parameter in demo.denoiser.parameters()]
     for _ in range(3):
         trainer.train_step()
-        expected = [0.9 * old + 0.1 * new.detach() for old, new in zip(expected, trainer.parameters, strict=True)]
+        expected = [
+            0.9 * old + 0.1 * new.detach()
+            for old, new in zip(expected, trainer.state.student.trainable.values(), strict=True)
+        ]
     for average, reference in zip(expected, trainer.state.student.averaged.values(), strict=True):
         torch.testing.assert_close(average, reference)
 
@@ -148,7 +151,7 @@ def test_divergence_is_said_and_the_last_good_checkpoint_named(demo, tmp_path):
         trainer.train_step()
     trainer._checkpoint()
     with torch.no_grad():
-        trainer.parameters[0].fill_(float("nan"))
+        next(iter(trainer.state.student.trainable.values())).fill_(float("nan"))
     with pytest.raises(UserError, match=r"diverged by step 6 .*lower learning_rate.*checkpoint-4"):
         trainer.run()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4"]
@@ -160,7 +163,7 @@ def test_every_preset_and_loss_trains(demo, preset, loss):
     config = replace(preset_config(preset), max_train_steps=3, train_batch_size=8, loss=loss)
     trainer, _ = train(config, demo)
     assert 0 < trainer.state.relative_delta() < 0.1
-    assert all(parameter.isfinite().all() for parameter in trainer.parameters)
+    assert all(parameter.isfinite().all() for parameter in trainer.state.student.trainable.values())
 
 
 def test_compiled_training_is_the_same_training(demo):

@@ -21,6 +21,7 @@ from selfnpo.models import ModelOptions, load_pretrained
 from selfnpo.trainer import Trainer
 
 CUDNN, FLASH, MATH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
+choose = partial(choose_attention, backends=(FLASH, MATH))  # what a CPU has
 FLASH_OP, MATH_OP = "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_attention_math"
 LAYERS = {"stable_diffusion": 8, "unconditional": 4, "cogvideox": 2, "cogvideox_rotary": 2, "class_conditional": 2}
 TWO_LAYERS = {((2, 2, 16, 16), 16): 2}
@@ -74,7 +75,7 @@ def test_the_winner_runs_and_the_output_stays(load, timed, family, winner, again
     model, layers = load(family), LAYERS[family]
     expected, kinds = model(), [type(processor).__name__ for processor in model.processors()]
     timed({winner: 0.5})
-    choices = choose_attention(model.denoiser, model)
+    choices = choose(model.denoiser, model)
     name, other = attention.NAMES[winner], attention.NAMES[against]
     assert sum(choice.modules for choice in choices) == layers
     assert {choice.backend for choice in choices} == {name}
@@ -95,7 +96,7 @@ def copy_of(model):
 def test_every_shape_is_measured_once(load, timed):
     timed(lambda shape, backend: 0.5 if backend == MATH and shape[2] == 64 else 1.0)
     model, elsewhere = load("stable_diffusion"), torch.ones(1, 1, 5, 8)
-    choices = choose_attention(
+    choices = choose(
         model.denoiser, lambda: (model(), functional.scaled_dot_product_attention(elsewhere, elsewhere, elsewhere))
     )
     found = {choice.shape: (choice.backend, choice.modules) for choice in choices}
@@ -113,13 +114,13 @@ def test_a_model_is_left_as_it_is_unless_something_is_clearly_faster(load, timed
     before = model.processors()
     for faster, is_taken in ((0.98, False), (0.97, True), (0.98, False)):  # the last of them takes the choice back
         timed({MATH: faster})
-        (choice,) = choose_attention(model.denoiser, model)
+        (choice,) = choose(model.denoiser, model)
         assert choice.backend == ("math" if is_taken else "own choice")
         assert all(isinstance(processor, Chosen) == is_taken for processor in model.processors())
     assert all(now is old for now, old in zip(model.processors(), before, strict=True))
     timed({FLASH: 0.5})
     for _ in range(2):
-        choose_attention(model.denoiser, model)
+        choose(model.denoiser, model)
         assert [processor.processor for processor in model.processors()] == before
 
 
@@ -144,7 +145,7 @@ def test_what_fails_for_pytorch_itself_is_an_error(load, monkeypatch):
     monkeypatch.setattr(attention, "milliseconds", fail)
     model = load()
     with pytest.raises(RuntimeError, match="broken"):
-        choose_attention(model.denoiser, model)
+        choose(model.denoiser, model)
 
 
 def masked(model, mask):
@@ -155,7 +156,7 @@ def masked(model, mask):
 def test_layers_with_a_mask_are_left_alone(load, timed):
     model, mask = load("stable_diffusion"), torch.ones(2, 77)
     timed({MATH: 0.5})
-    choices = choose_attention(model.denoiser, lambda: masked(model, mask))
+    choices = choose(model.denoiser, lambda: masked(model, mask))
     assert {choice.shape[1] for choice in choices} == {64, 16}
     names = [
         name for name, module in model.denoiser.named_modules() if isinstance(getattr(module, "processor", None), Chosen)
@@ -168,7 +169,7 @@ def test_a_call_that_the_chosen_backend_cannot_run_goes_to_another(load, timed):
     model, mask = load("stable_diffusion"), torch.ones(2, 77, requires_grad=True)
     timed({FLASH: 0.5})
     expected = masked(model, mask)
-    choose_attention(model.denoiser, model)
+    choose(model.denoiser, model)
     assert all(processor.backend == FLASH for processor in model.processors())
     torch.testing.assert_close(masked(model, mask), expected)
     assert calls(lambda: masked(model, mask)) == {"flash": 4, "math": 4}
@@ -177,7 +178,7 @@ def test_a_call_that_the_chosen_backend_cannot_run_goes_to_another(load, timed):
 def test_a_layer_with_several_winners_keeps_pytorchs_choice(load, timed):
     model = load()
     timed(lambda shape, backend: 0.5 if backend == (MATH if shape[0] == 2 else FLASH) else 1.0)
-    choices = choose_attention(model.denoiser, lambda: (model(2), model(1)))
+    choices = choose(model.denoiser, lambda: (model(2), model(1)))
     assert {choice.shape[0][0]: choice.backend for choice in choices} == {2: "math", 1: "flash"}
     assert not any(isinstance(processor, Chosen) for processor in model.processors())
 
@@ -196,7 +197,7 @@ def test_a_processor_with_weights_stays_in_the_state_dict(load, timed):
     attn.set_processor(WithWeights())
     before = model.denoiser.state_dict().keys()
     timed({MATH: 0.5})
-    (choice,) = choose_attention(model.denoiser, model)
+    (choice,) = choose(model.denoiser, model)
     assert choice.modules == 1
     assert model.denoiser.state_dict().keys() == before
     assert calls(model) == {"flash": 1, "math": 1}
@@ -217,7 +218,7 @@ def test_what_is_timed_is_what_the_model_does(load, monkeypatch, dtype):
     monkeypatch.setattr(attention, "milliseconds", milliseconds)
     state = torch.get_rng_state()
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        (choice,) = choose_attention(model.denoiser, model)
+        (choice,) = choose(model.denoiser, model)
     assert state.equal(torch.get_rng_state())
     rounds = range(attention.WARM_UPS, attention.WARM_UPS + attention.ROUNDS)
     assert choice.milliseconds == dict.fromkeys(("own choice", "flash", "math"), sum(rounds) / len(rounds))
@@ -277,7 +278,7 @@ def test_parts_compile_without_a_graph_break(load, timed, family, part):
     model = load(family)
     expected = model()
     timed({MATH: 0.5})
-    choose_attention(model.denoiser, model)
+    choose(model.denoiser, model)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     model.denoiser.get_submodule(part).compile(fullgraph=True, dynamic=False, backend=counter)
@@ -296,7 +297,7 @@ def test_compiled_blocks_share_a_graph_where_they_share_a_choice(load, timed):
     counter = CompileCounterWithBackend("aot_eager")
     for number, winner in enumerate((MATH, FLASH), start=1):
         timed({winner: 0.5})
-        choose_attention(model.denoiser, model)
+        choose(model.denoiser, model)
         for block, plain in zip(blocks, expected, strict=True):
             compiled = torch.compile(block, fullgraph=True, dynamic=False, backend=counter)
             torch.testing.assert_close(compiled(states, **given), plain, rtol=1e-5, atol=1e-5)
@@ -311,7 +312,7 @@ def test_a_model_that_is_compiled_already(load, timed):
     model.denoiser.compile(backend="eager", fullgraph=True, dynamic=False)
     model()
     timed({MATH: 0.5})
-    choices = choose_attention(model.denoiser, model)
+    choices = choose(model.denoiser, model)
     assert {choice.shape: choice.modules for choice in choices} == TWO_LAYERS
     torch.testing.assert_close(model(), expected, rtol=1e-5, atol=1e-5)
     assert calls(model) == {"flash": 0, "math": 2}
@@ -322,7 +323,7 @@ def test_gradients_are_those_of_pytorchs_choice(load, timed):
     model.denoiser.requires_grad_(True)
     for winner in (None, MATH):
         timed({winner: 0.5})
-        choose_attention(model.denoiser, model)
+        choose(model.denoiser, model)
         gradients.append(torch.autograd.grad(model().square().mean(), [*model.denoiser.parameters()], allow_unused=True))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 

@@ -58,9 +58,11 @@ def test_moments_in_8_bits(models, tmp_path):
     names = ("state1", "state2", "absmax1", "absmax2", "exp_avg", "exp_avg_sq")
     for trainer in (exact, rough):
         moments = [tensor for name, tensor in trainer.state.tensors().items() if name.endswith(names)]
-        counted = sum(moment_bytes(trainer.config, parameter) for parameter in trainer.parameters)
+        counted = sum(moment_bytes(trainer.config, parameter) for parameter in trainer.state.student.trainable.values())
         assert sum(tensor.nbytes for tensor in moments) == counted
-    assert counted < 4 * sum(parameter.numel() for parameter in rough.parameters)  # many are small ones here
+    assert counted < 4 * sum(
+        parameter.numel() for parameter in rough.state.student.trainable.values()
+    )  # many are small ones here
 
     shutil.rmtree(tmp_path / "checkpoint-4")
     resumed = start(replace(rough.config, resume_from_checkpoint="latest"), tmp_path)
@@ -72,11 +74,11 @@ def test_moments_in_8_bits(models, tmp_path):
 def test_an_overflow_in_float16_leaves_the_step_out(models, tmp_path):
     trainer = start(settings(models("stable_diffusion"), rank=2, mixed_precision="fp16"), tmp_path)
     trainer.state.scaler = trainer.state.optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    before = [parameter.detach().clone() for parameter in trainer.parameters]
+    before = [parameter.detach().clone() for parameter in trainer.state.student.trainable.values()]
     loss, norm = trainer.train_step()
     assert loss.isfinite()
     assert not norm.isfinite()
-    assert all(old.equal(new) for old, new in zip(before, trainer.parameters, strict=True))
+    assert all(old.equal(new) for old, new in zip(before, trainer.state.student.trainable.values(), strict=True))
     assert trainer._log_row([loss], norm, started=0.0)["grad_norm"] is None
     trainer._checkpoint()
     resumed = start(replace(trainer.config, resume_from_checkpoint="latest"), tmp_path)

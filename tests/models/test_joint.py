@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from runs import FAMILIES, settings
+from selfnpo.adapters import REFERENCE, STUDENT, add_lora
 from selfnpo.data import load_base, read_data
 from selfnpo.joint import Pair, joint, pair
 from selfnpo.models import PretrainedModel, Source
-from selfnpo.student import REFERENCE, STUDENT, LowRank, add_lora, make_student
+from selfnpo.student import LowRank, make_student
 
 
 @dataclass

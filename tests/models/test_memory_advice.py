@@ -9,12 +9,14 @@ import torch
 
 import published
 from runs import settings
-from selfnpo import memory
+from selfnpo import memory, train
+from selfnpo.checkpoint import list_checkpoints, load_checkpoint
 from selfnpo.cli import parse
 from selfnpo.config import TrainConfig, binding
 from selfnpo.errors import UserError
 from selfnpo.memory import is_out_of_memory, memory_plan, out_of_memory, settings_that_fit, shortage
 from selfnpo.models import DEMO, Source
+from selfnpo.trainer import Trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 GIB = 1 << 30
@@ -307,3 +309,19 @@ def test_memory_of_this_machine(monkeypatch):
     assert memory.free_memory(CPU) == memory.total_memory(CPU) > 1 << 28
     monkeypatch.delattr(memory.os, "sysconf")
     assert memory.free_memory(CPU) == sys.maxsize
+
+
+def test_out_of_memory_names_settings_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    ordinary = Trainer.train_step
+
+    def fails(self):
+        if self.state.step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return ordinary(self)
+
+    monkeypatch.setattr(Trainer, "train_step", fails)
+    config = TrainConfig(output_dir=tmp_path / "run", train_batch_size=8, checkpointing_steps=2, max_train_steps=6)
+    with pytest.raises(UserError, match=r"out of memory on cpu \(CUDA out of memory.*; by the counted plan .*checkpoint-2;"):
+        train.main(config)
+    (kept,) = list_checkpoints(tmp_path / "run")
+    assert load_checkpoint(kept)[1]["step"] == 2

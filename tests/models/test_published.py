@@ -9,11 +9,11 @@ from diffusers.utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict
 
 import published
+from selfnpo.adapters import STUDENT, add_lora, lora_config
 from selfnpo.config import PRESETS, TrainConfig, parse_config
 from selfnpo.memory import call_on_meta, memory_plan
 from selfnpo.models import ModelOptions, SampleOptions, Source
 from selfnpo.schedule import make_grid, make_schedule
-from selfnpo.student import STUDENT, add_lora, lora_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 1 << 30
@@ -122,7 +122,7 @@ def test_the_memory_plan_counts_what_is_held(source, name, folder):
     assert rows["student"] + rows["gradients"] + rows["AdamW's two moments"] + rows["reference"] == 18 * weights
     lora = memory_plan(replace(config, rank=16), source, 1000, CUDA)
     assert lora.rows["base, shared by student and reference"] == 2 * weights
-    assert lora.total < full.total / 4
+    assert lora.total < full.total / 4.5
     assert f"{weights:,} parameters" in str(full)
     assert "GiB" in str(full)
     if name != "STABLE_DIFFUSION_1_5":
