@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 RUNS ?= runs
 NATIVE = $(wildcard csrc/*.* csrc/*/*.* tests/kernels/*.cu tests/kernels/cuda_on_cpu/*)
 
-.PHONY: demo test soak evaluate bench lint format env clean
+.PHONY: demo test soak evaluate bench budget-run readme-tables lint format env clean
 
 demo: $(VENV)/installed  ## train a negative model for the embedded demo, show and judge what it does
 	$(BIN)/python -m selfnpo.train --output_dir $(RUNS)/demo --overwrite
@@ -24,8 +24,13 @@ evaluate: $(VENV)/installed  ## the README's table: every baseline, fresh rollou
 	$(BIN)/python -m selfnpo.evaluate --arms self-npo fresh random early shuffled --output_dir $(RUNS)/evaluation --overwrite
 
 bench: test  ## speed is never reported on a red test
-	mkdir -p $(RUNS)
-	$(BIN)/python -m pytest benchmarks --benchmark-only -q --benchmark-json=$(RUNS)/benchmark.json
+	$(BIN)/python -m pytest benchmarks --benchmark-only -q
+
+budget-run: $(VENV)/installed  ## the paper's 1,000 x 20 steps with random weights: hours and energy
+	$(BIN)/python -m benchmarks.budget_run
+
+readme-tables: $(VENV)/installed  ## the README's tables, from the newest results files
+	$(BIN)/python -m benchmarks.readme
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -3,19 +3,28 @@
 pytest benchmarks/bench_ops.py --benchmark-only
 """
 
+import ctypes
+import sys
 from collections.abc import Callable
+from ctypes import c_int, c_size_t, c_void_p
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
 import selfnpo_kernels as kernels
-from benchmarks.measure import interleaved, quartiles, timer
+from benchmarks.measure import in_turns, timer
+from benchmarks.workloads import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIZES = {"20x4x64x64": (20, 4, 64, 64), "256 MiB": (64, 4, 512, 512)}
+LARGE = "256 MiB"
+SIZES = {"20x4x64x64": (20, 4, 64, 64), LARGE: (64, 4, 512, 512)}
+TOUCHED = 6 << 30  # bytes; more than any arm uses at once
+HUGE_PAGE, MADV_HUGEPAGE = 2 << 20, 14
 SCALE, RESCALE, HUBER_C = 3.0, 0.7, 1e-3
+EFFICIENCY = 0.85  # share of the bandwidth of a copy that a prediction assumes
+BUDGET = 2  # seconds per op and size
 
 
 @dataclass
@@ -68,67 +77,89 @@ def loss_and_gradient(loss: Callable[[Inputs], Tensor]) -> Callable[[Inputs], Te
     return run
 
 
-# op -> (kernel, eager, bytes that must be moved per element of a float32 sample)
+# op -> (kernel, eager, bytes that must be moved and operations per element of a float32 sample). A normal number is counted
+# as 45 operations: of Philox, which makes four, 10 rounds of 10, and of Box-Muller, which makes two, about 40.
 OPS = {
     "tweedie": (
         lambda i: kernels.tweedie(i.sample, i.cond, i.rows[:, :2]),
         lambda i: i.column(0) * i.sample + i.column(1) * i.cond,
-        12,
+        12, 3,
     ),
-    "guided_step": (lambda i: kernels.guided_step(i.sample, i.cond, i.uncond, SCALE, i.rows), eager_guided_step, 20),
+    "guided_step": (lambda i: kernels.guided_step(i.sample, i.cond, i.uncond, SCALE, i.rows), eager_guided_step, 20, 9),
     "guided_step, no uncond": (
         lambda i: kernels.guided_step(i.sample, i.cond, None, SCALE, i.rows),
         lambda i: (
             i.column(0) * i.sample + i.column(1) * i.cond,
             i.column(2) * i.sample + i.column(3) * i.cond,
         ),
-        16,
+        16, 6,
     ),
     "forward_jump": (
         lambda i: kernels.forward_jump(i.sample, i.rows[:, :2], 1, 2, i.ids),
         lambda i: i.column(0) * i.sample + i.column(1) * torch.randn_like(i.sample),
-        8,
+        8, 48,
     ),
     "philox_normal": (
         lambda i: kernels.philox_normal(i.sample.shape, 1, 2, 0, i.ids),
         lambda i: torch.randn_like(i.sample),
-        4,
+        4, 45,
     ),
     # Half as many outputs as the batch has samples, hence half the bytes.
-    "cfg_combine": (lambda i: kernels.cfg_combine(i.batched, SCALE), eager_cfg_combine, 6),
-    "cfg_combine, rescaled": (lambda i: kernels.cfg_combine(i.batched, SCALE, RESCALE), eager_cfg_rescaled, 10),
+    "cfg_combine": (lambda i: kernels.cfg_combine(i.batched, SCALE), eager_cfg_combine, 6, 1.5),
+    "cfg_combine, rescaled": (lambda i: kernels.cfg_combine(i.batched, SCALE, RESCALE), eager_cfg_rescaled, 10, 5),
     "x0_loss, huber": (
         lambda i: kernels.x0_loss(i.output, i.sample, i.cond, i.rows[:, :3], "huber", HUBER_C),
         eager_x0_loss,
-        12,
+        12, 10,
     ),
     "x0_loss, huber, and gradient": (
         loss_and_gradient(lambda i: kernels.x0_loss(i.output, i.sample, i.cond, i.rows[:, :3], "huber", HUBER_C)),
         loss_and_gradient(eager_x0_loss),
-        28,
+        28, 20,
     ),
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _memory(size):
+    """Large results find memory that the system has mapped and zeroed before."""
+    if size == LARGE and DEVICE.type == "cpu" and sys.platform == "linux":
+        touch_memory()
+
+
+@cache
+def touch_memory() -> None:
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = c_void_p, [c_size_t], [c_void_p]
+    libc.madvise.argtypes = [c_void_p, c_size_t, c_int]
+    heap = libc.malloc(TOUCHED)
+    if heap:
+        start = -(-heap // HUGE_PAGE) * HUGE_PAGE
+        libc.madvise(start, (heap + TOUCHED - start) // HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE)
+        ctypes.memset(heap, 0, TOUCHED)
+        libc.free(heap)
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("op", OPS)
-def bench_op(benchmark, op, size):
-    kernel, eager, moved = OPS[op]
+def bench_op(benchmark, record, op, size):
+    kernel, eager, moved, operations = OPS[op]
     i = inputs(SIZES[size])
     destination = torch.empty_like(i.sample)
     torch._dynamo.reset()
     compiled = torch.compile(eager)
     arms = {
-        "kernel": lambda: kernel(i),
         "eager": lambda: eager(i),
         "compile": lambda: compiled(i),
         "copy": lambda: destination.copy_(i.sample),
+        "kernel": lambda: kernel(i),
     }
-    report(benchmark, op, size, arms, moved * i.sample.numel(), 2 * i.sample.nbytes)
+    numel = i.sample.numel()
+    report(benchmark, record, op, size, arms, moved * numel, operations * numel, 2 * i.sample.nbytes)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def bench_optimizer(benchmark, size):
+def bench_optimizer(benchmark, record, size):
     """Clipping, AdamW and the moving average: float32 weights and gradients."""
     numel = inputs(SIZES[size]).sample.numel()
     params, grads, ema, first, second = (torch.rand(16, numel // 16, device=DEVICE) for _ in range(5))
@@ -151,29 +182,27 @@ def bench_optimizer(benchmark, size):
         torch._foreach_lerp_(average, theirs, 1e-3)
 
     destination = torch.empty_like(params)
-    arms = {"kernel": kernel, "eager": eager, "copy": lambda: destination.copy_(params)}
-    report(benchmark, "fused_adamw_, clip, average", size, arms, 40 * numel, 2 * params.nbytes)
+    arms = {"eager": eager, "copy": lambda: destination.copy_(params), "kernel": kernel}
+    report(benchmark, record, "fused_adamw_, clip, average", size, arms, 40 * numel, 20 * numel, 2 * params.nbytes)
 
 
-def report(benchmark, op, size, arms, op_bytes, copy_bytes):
-    """Interleaved rounds of all arms; pytest-benchmark keeps the kernel's own, `extra_info` the rest."""
-    rounds = 50 if op_bytes < 1e8 else 15
+def report(benchmark, record, op, size, arms, op_bytes, operations, copy_bytes):
+    """Times of all arms in turns."""
     timers = {name: timer(function, DEVICE) for name, function in arms.items()}
-    seconds = interleaved(timers, rounds)
-    middle = {name: quartiles(values)[1] for name, values in seconds.items()}
-    bandwidth, copy_bandwidth = op_bytes / middle["kernel"], copy_bytes / middle["copy"]
-    benchmark.extra_info["seconds"] = {name: quartiles(values) for name, values in seconds.items()}
-    benchmark.extra_info["bytes"] = op_bytes
-    benchmark.extra_info["copy_bytes_per_second"] = copy_bandwidth
-
-    def column(name: str, form: str, scale: float) -> str:
-        return form.format(middle[name] * scale) if name in middle else ""
-
-    ratio = 1 / middle["kernel"]
-    benchmark.extra_info["row"] = (
-        op, size, *(column(name, "{:.3g}", 1e3) for name in ("kernel", "eager", "compile")),
-        *(column(name, "{:.1f}", ratio) for name in ("eager", "compile")), f"{bandwidth / 1e9:.1f}",
-        f"{bandwidth / copy_bandwidth:.0%}",
-    )  # fmt: skip
-    benchmark.group = size
-    benchmark.pedantic(timers["kernel"], rounds=rounds)
+    times = in_turns(timers, BUDGET)
+    seconds, copied = times.median("kernel"), copy_bytes / times.median("copy")
+    expected = op_bytes / (EFFICIENCY * copied)
+    row = {f"{name}, ms": times.ms(name) for name in arms} | {
+        "op": op,
+        "size": size,
+        "eager, x": times.ratio("eager", "kernel"),
+        "compile, x": times.ratio("compile", "kernel"),
+        "bandwidth, GB/s": op_bytes / seconds / 1e9,
+        "of copy, %": 100 * op_bytes / seconds / copied,
+        "intensity, op/B": operations / op_bytes,
+        "predicted kernel, ms": 1e3 * expected,
+        "error of that, %": 100 * (expected / seconds - 1),
+        "noise, %": 100 * times.noise,
+    }
+    record("ops", [row], {"copy B/s": copied})
+    benchmark.pedantic(timers["kernel"], rounds=2)

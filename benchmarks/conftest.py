@@ -1,31 +1,20 @@
-"""What every benchmark's JSON says about where it ran, and the table at the end."""
+"""What benchmarks report: rows of tables, kept in a results file and printed, with pictures, at the end."""
 
 import ctypes
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import torch
+import pytest
 
-from selfnpo.env import describe
+from benchmarks import report, results
 
-TABLES = {  # by the entry of extra_info that holds their rows
-    "training": (
-        "a training step against a loop that does what the released code does",
-        "x: samples per second as multiples of benchmarks/released_loop.py; in turns on a CPU, apart on a GPU",
-        ("model", "released ms", "pool ms", "pool, compiled ms", "x pool", "x pool, compiled"),
-    ),
-    "row": (
-        "fused ops against PyTorch",
-        "of copy: bytes that the op must move, against tensor.copy_",
-        ("op", "size", "kernel ms", "eager ms", "compile ms", "x eager", "x compile", "GB/s", "of copy"),
-    ),
-    "guidance": (
-        "guided evaluation with a negative model",
-        "times as multiples of plain guidance with one model; two calls: positive and negative, written by hand",
-        ("model", "batch", "plain ms", "whole weights", "LoRA", "two calls"),
-    ),
-}
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+
+
+def pytest_addoption(parser):
+    parser.addoption("--results", type=Path, default=results.RESULTS, help="folder of results files")
 
 
 def pytest_configure():
@@ -34,44 +23,48 @@ def pytest_configure():
     Otherwise the system maps and zeroes every large result anew, for all arms alike, and the time of that is what one sees.
     """
     if sys.platform == "linux":
-        m_mmap_max, m_trim_threshold = -4, -1
         libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, -1)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def _git(*command: str) -> str:
-    done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+def pytest_collection_modifyitems(items):
+    """The ops first, for the heap that others leave is in pieces, in which large results find no place twice."""
+    items.sort(key=lambda item: item.path.stem != "bench_ops")
 
 
-def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info["selfnpo"] = describe() | {
-        "commit": _git("rev-parse", "HEAD"),
-        "changed files": _git("status", "--porcelain", "--untracked-files=no").splitlines(),
-    }
-    if torch.cuda.is_available():
-        import pynvml
+@pytest.fixture
+def record(benchmark) -> Callable[..., None]:
+    """record(table, rows, ceilings): see `results.table`."""
 
-        pynvml.nvmlInit()
-        gpu = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-        machine_info["selfnpo"]["driver"] = str(pynvml.nvmlSystemGetDriverVersion())
-        machine_info["selfnpo"]["clocks MHz"] = {
-            "sm": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
-            "sm max": pynvml.nvmlDeviceGetMaxClockInfo(gpu, pynvml.NVML_CLOCK_SM),
-            "memory": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
-        }
+    def add(name: str, rows: list[dict[str, Any]], ceilings: dict[str, float]) -> None:
+        benchmark.extra_info.setdefault("tables", {})[name] = {"rows": rows, "ceilings": ceilings}
+
+    return add
+
+
+def collected(benchmarks: list[Any]) -> dict[str, dict[str, Any]]:
+    """Tables of what several benchmarks recorded."""
+    found: dict[str, dict[str, Any]] = {}
+    for bench in benchmarks:
+        for name, part in bench.extra_info.get("tables", {}).items():
+            whole = found.setdefault(name, {"rows": [], "ceilings": {}})
+            whole["rows"] += part["rows"]
+            for ceiling, value in part["ceilings"].items():
+                whole["ceilings"].setdefault(ceiling, []).append(value)
+    return {name: results.table(name, **parts) for name, parts in found.items()}
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    session, about = getattr(config, "_benchmarksession", None), describe()
-    for name, (title, legend, header) in TABLES.items():
-        rows = [bench.extra_info[name] for bench in session.benchmarks if name in bench.extra_info] if session else []
-        if not rows:
-            continue
-        terminalreporter.section(title)
-        terminalreporter.line(f"{about['gpu'] if torch.cuda.is_available() else about['cpu']}, torch {torch.__version__}")
-        terminalreporter.line(f"medians; {legend}")
-        terminalreporter.line("")
-        for row in (header, tuple("-" for _ in header), *rows):
-            terminalreporter.line("| " + " | ".join(map(str, row)) + " |")
+    session = getattr(config, "_benchmarksession", None)
+    tables = collected(session.benchmarks) if session else {}
+    if not tables:
+        return
+    path = results.save(tables, config.getoption("--results"))
+    whole = results.load(path)
+    written = report.write(path)
+    terminalreporter.section("report")
+    terminalreporter.write_line(report.to_markdown(whole | {"tables": {name: whole["tables"][name] for name in tables}}))
+    terminalreporter.write_line(f"results: {path}")
+    for picture in written:
+        terminalreporter.write_line(f"report: {picture}")

@@ -1,82 +1,121 @@
 """A training step as the authors' released code takes it, to compare with; what it computes, not how it loads data.
 
-Six steps of the reference, each for the prompt and for the null prompt, of which the sixth gives the target; every sample is
-evaluated to the end, also one that is finished. Noise from torch.randn, the formulas in eager PyTorch, clipping, AdamW and
-the average one after the other, and the loss read by the host in every step. Substituted: latents are random instead of
-encoded images, AdamW is PyTorch's default instead of one in 8 bits, and on a CPU float32 stands for float16 under autocast.
+Six steps of the reference, of which the sixth gives the target, each for the prompt and, in a call of its own, for the null
+prompt; every sample is evaluated to the end, also one that is finished. Float32 weights under autocast; what differs from
+sample to sample is looked up in a loop on the host; noise from torch.randn, the formulas in eager PyTorch; clipping, AdamW
+and an average by a Python loop, one after the other; the loss read by the host in every step. Substituted: latents are
+random instead of encoded images, AdamW is PyTorch's default instead of one in 8 bits, autocast is to bfloat16 instead of
+float16, and on a CPU, where bfloat16 is no faster, there is none.
 """
 
-import copy
-
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from selfnpo.config import TrainConfig
 from selfnpo.models import PretrainedModel
+from selfnpo.optimizer import FusedAdamW
 from selfnpo.schedule import make_grid, make_schedule
+from selfnpo.student import FullWeights, converted
 
-GUIDANCE_SCALE = 0.0  # w = -1
+GUIDANCE_SCALE = 0.0  # w = -1, so that the conditional output has no weight
 DECAY, HUBER_C, STEPS = 0.999, 1e-3, 5
 
 
 class ReleasedLoop:
-    def __init__(self, config: TrainConfig, base: PretrainedModel):
-        self.base, self.batch_size = base, config.train_batch_size
-        self.model = copy.deepcopy(base.denoiser).to(base.device, torch.float32).requires_grad_(True)
-        self.reference = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, weight_decay=1e-3)
-        grid, schedule = make_grid(base.scheduler, 25), make_schedule(base.scheduler)
-        self.grid_times = grid.timesteps.long()
-        self.alpha, self.sigma = (
-            torch.cat((of_times.float(), end)).to(base.device)
-            for of_times, end in ((schedule.alpha, torch.ones(1)), (schedule.sigma, torch.zeros(1)))
-        )  # the last entry is the clean end
+    """The loop, and with its factors taken away one by one:
 
-    def predict(
-        self, network: nn.Module, sample: torch.Tensor, times: torch.Tensor, condition: torch.Tensor
-    ) -> torch.Tensor:
+    Args:
+        dead_calls: evaluate the conditional branch too.
+        host_loops: look up times sample by sample on the host.
+        one_pass: clipping, AdamW and average by this project's optimizer, in bfloat16 with weights in two halves.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        base: PretrainedModel,
+        *,
+        dead_calls: bool = True,
+        host_loops: bool = True,
+        one_pass: bool = False,
+    ):
+        self.base, self.batch_size = base, config.train_batch_size
+        self.dead_calls, self.host_loops, self.optimizer = dead_calls, host_loops, None
+        if one_pass:
+            student = FullWeights(config, base)
+            self.model, self.reference, self.optimizer = student.model, student.reference, FusedAdamW(config, student)
+            self.optimizer.set_rate()
+        else:
+            self.model, self.reference = (converted(base.denoiser, base.device, torch.float32) for _ in range(2))
+            self.model.requires_grad_(True)
+            self.adamw = torch.optim.AdamW(self.model.parameters(), lr=1e-6, weight_decay=1e-3)
+        grid, schedule = make_grid(base.scheduler, 25), make_schedule(base.scheduler)
+        self.end = len(schedule.timesteps)
+        times = torch.cat((grid.timesteps.long(), torch.full((STEPS + 1,), self.end)))
+        self.times, self.alpha, self.sigma = (
+            each.to(base.device)
+            for each in (
+                times,
+                torch.cat((schedule.alpha.float(), torch.ones(1))),  # the last entry is the clean end
+                torch.cat((schedule.sigma.float(), torch.zeros(1))),
+            )
+        )
+        self.starts = len(grid.timesteps)
+
+    @property
+    def evaluations(self) -> int:
+        """Of the reference per sample."""
+        return (STEPS + 1) * (2 if self.dead_calls else 1)
+
+    def predict(self, network: nn.Module, sample: Tensor, times: Tensor, condition: Tensor) -> Tensor:
         return self.base.predict(network, sample, times.float(), condition).float()
 
-    def at(self, table: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-        return table[times.to(table.device)][:, None, None, None]
+    def look_up(self, table: Tensor, index: Tensor) -> Tensor:
+        """Entries of a table on the device, to multiply samples with."""
+        found = torch.stack([table[each] for each in index.tolist()]) if self.host_loops else table[index]
+        return found.reshape(-1, *[1] * len(self.base.sample_shape))
 
-    def train_step(self) -> float:
-        base, batch = self.base, self.batch_size
-        condition = torch.randint(base.num_conditions, (batch,))
-        null, end = torch.full_like(condition, base.null_condition), len(self.alpha) - 1
-        start = torch.randint(len(self.grid_times), (batch,))
-        path = torch.cat((self.grid_times, torch.full((STEPS + 1,), end)))
-        t = path[start]
-        clean = torch.randn(batch, *base.sample_shape, device=base.device)
-        x = self.at(self.alpha, t) * clean + self.at(self.sigma, t) * torch.randn_like(clean)
+    def train_step(self) -> None:
+        base, batch, device, end = self.base, self.batch_size, self.base.device, self.end
+        condition = torch.randint(base.num_conditions, (batch,), device=device)
+        null = torch.full_like(condition, base.null_condition)
+        start = torch.randint(self.starts, (batch,), device=device)
+        clean = torch.randn(batch, *base.sample_shape, device=device)
+        t = self.times[start]
+        x = self.look_up(self.alpha, t) * clean + self.look_up(self.sigma, t) * torch.randn_like(clean)
         with torch.no_grad():
             for k in range(STEPS + 1):
-                now, following = path[start + k], path[start + k + 1]
+                now, following = self.times[start + k], self.times[start + k + 1]
                 asked = now.clamp(max=end - 1)
-                both = self.predict(
-                    self.reference, torch.cat((x, x)), torch.cat((asked, asked)), torch.cat((null, condition))
-                )
-                uncond, cond = both.chunk(2)
-                epsilon = uncond + GUIDANCE_SCALE * (cond - uncond)
-                x_0 = (x - self.at(self.sigma, now) * epsilon) / self.at(self.alpha, now)
+                epsilon = self.predict(self.reference, x, asked, null)
+                if self.dead_calls:
+                    epsilon = epsilon + GUIDANCE_SCALE * (self.predict(self.reference, x, asked, condition) - epsilon)
+                x_0 = (x - self.look_up(self.sigma, now) * epsilon) / self.look_up(self.alpha, now)
                 if k < STEPS:
-                    moved = self.at(self.alpha, following) * x_0 + self.at(self.sigma, following) * epsilon
-                    x = torch.where((now == end).to(x.device)[:, None, None, None], x, moved)
-                    t = following
+                    moved = self.look_up(self.alpha, following) * x_0 + self.look_up(self.sigma, following) * epsilon
+                    done = (now == end).reshape(-1, *[1] * len(base.sample_shape))
+                    x, t = torch.where(done, x, moved), following
             t = t.clamp(max=end - 2)
-            s = t + 1 + (torch.rand(batch) * (end - 1 - t)).long()
-            ratio = self.at(self.alpha, s) / self.at(self.alpha, t)
-            spread = (self.at(self.sigma, s) ** 2 - (ratio * self.at(self.sigma, t)) ** 2).clamp(min=0).sqrt()
+            s = t + 1 + (torch.rand(batch, device=device) * (end - 1 - t)).long()
+            ratio = self.look_up(self.alpha, s) / self.look_up(self.alpha, t)
+            spread = (self.look_up(self.sigma, s) ** 2 - (ratio * self.look_up(self.sigma, t)) ** 2).clamp(min=0).sqrt()
             x_s = ratio * x + spread * torch.randn_like(x)
         epsilon = self.predict(self.model, x_s, s, condition)
-        student_x_0 = (x_s - self.at(self.sigma, s) * epsilon) / self.at(self.alpha, s)
+        student_x_0 = (x_s - self.look_up(self.sigma, s) * epsilon) / self.look_up(self.alpha, s)
         loss = (torch.sqrt((student_x_0 - x_0) ** 2 + HUBER_C**2) - HUBER_C).mean()
         loss.backward()
+        self.optimize()
+        if self.host_loops:
+            loss.item()
+
+    def optimize(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.step()
+            return
         clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.adamw.step()
+        self.adamw.zero_grad()
         with torch.no_grad():
             for average, parameter in zip(self.reference.parameters(), self.model.parameters(), strict=True):
                 average.mul_(DECAY).add_(parameter, alpha=1 - DECAY)
-        return loss.item()

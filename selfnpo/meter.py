@@ -164,7 +164,7 @@ def describe(cost: dict[str, Any]) -> str:
     share = f"{_percent(cost['fraction_of_matmul_peak'])} of the matmul peak measured in this run"
     parts = [
         _duration(cost[f"{kind.lower()}_hours"], kind),
-        f"{_digits(cost['samples_per_second'])} samples/s",
+        f"{digits(cost['samples_per_second'])} samples/s",
         f"{_with_prefix(cost['tflops'] * 1e12, 'FLOP/s')} ({share})",
     ]
     if cost["energy_wh"] is not None:
@@ -178,20 +178,20 @@ def describe(cost: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _digits(value: float, count: int = 3) -> str:
+def digits(value: float, count: int = 3) -> str:
     """That many significant digits, never with an exponent."""
     return f"{Decimal(f'{value:.{count}g}'):f}"
 
 
 def _percent(share: float) -> str:
-    return f"{_digits(100 * share, 2)} %"
+    return f"{digits(100 * share, 2)} %"
 
 
 def _duration(hours: float, kind: str) -> str:
-    return f"{_digits(hours)} {kind}-hours" if hours >= 0.001 else f"{_digits(hours * 3600)} {kind}-seconds"
+    return f"{digits(hours)} {kind}-hours" if hours >= 0.001 else f"{digits(hours * 3600)} {kind}-seconds"
 
 
 def _with_prefix(value: float, unit: str) -> str:
     """With the prefix, from milli to tera, that leaves a number from 1 to 1000."""
     power = min(max(math.floor(math.log10(value) / 3), -1), 4) if value else 0
-    return f"{_digits(value / 1000**power)} {('m', '', 'k', 'M', 'G', 'T')[power + 1]}{unit}"
+    return f"{digits(value / 1000**power)} {('m', '', 'k', 'M', 'G', 'T')[power + 1]}{unit}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import published
+from benchmarks import published
 from selfnpo import meter
 from selfnpo.config import TrainConfig
 from selfnpo.memory import call_on_meta

@@ -44,16 +44,28 @@ def table(evaluation: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def difference_table(evaluation: Evaluation, baseline: str = CFG) -> str:
-    """Self-NPO minus `baseline` at equal w, noise and labels: mean ± standard error and 95 % interval."""
+def difference_table(evaluation: Evaluation, baseline: str = CFG, brief: bool = False) -> str:
+    """Self-NPO minus `baseline` at equal w, noise and labels: mean ± standard error and 95 % interval; or without intervals
+    and with losses in bold."""
     lines = [f"| Self-NPO minus {LABELS[baseline]} | " + " | ".join(METRICS) + " |", "| --- " * (len(METRICS) + 1) + "|"]
     for scale in evaluation.guidance_scales:
         cells = []
         for metric in METRICS:
             d = evaluation.difference(SELF_NPO, scale, metric, baseline)
-            cells.append(f"{_number(d, sign=True)} [{d.mean - d.half_width:+.3f}, {d.mean + d.half_width:+.3f}]")
+            number = _number(d, sign=True)
+            if not brief:
+                cells.append(f"{number} [{d.mean - d.half_width:+.3f}, {d.mean + d.half_width:+.3f}]")
+            else:
+                cells.append(f"**{number}**" if _wins(d, metric) is False else number)
         lines.append(f"| w = {scale - 1:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _wins(difference: Estimate, metric: str) -> bool | None:
+    """None where it is not decided."""
+    if not abs(difference.mean) > CERTAIN * difference.error:
+        return None
+    return (difference.mean > 0) == HIGHER_IS_BETTER[metric]
 
 
 def verdict(evaluation: Evaluation) -> str:
@@ -63,10 +75,10 @@ def verdict(evaluation: Evaluation) -> str:
         better, worse, undecided = [], [], []
         for metric in METRICS:
             d = evaluation.difference(SELF_NPO, scale, metric)
-            if not abs(d.mean) > CERTAIN * d.error:
+            wins = _wins(d, metric)
+            if wins is None:
                 undecided.append(metric)
             else:
-                wins = (d.mean > 0) == HIGHER_IS_BETTER[metric]
                 (better if wins else worse).append(f"{metric} ({_number(d, sign=True)})")
         sentences.append(
             f"- **w = {scale - 1:g}**: Self-NPO wins in {', '.join(better) or 'nothing'}; "

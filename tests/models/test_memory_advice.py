@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import published
+from benchmarks import published
 from runs import settings
 from selfnpo import memory, train
 from selfnpo.checkpoint import list_checkpoints, load_checkpoint

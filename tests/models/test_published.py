@@ -8,7 +8,7 @@ import torch
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict
 
-import published
+from benchmarks import published
 from selfnpo.adapters import STUDENT, add_lora, lora_config
 from selfnpo.config import PRESETS, TrainConfig, parse_config
 from selfnpo.memory import call_on_meta, memory_plan

@@ -1,0 +1,88 @@
+"""python -m benchmarks.readme: the tables of README.md, from results files and docs/evaluation/evaluation.json.
+
+A table lies between two comments, of which the first says what it shows:
+
+    <!-- table ladder; columns: step, speed; rows: full -->
+    <!-- picture ladder -->
+    <!-- evaluation -->
+    ...
+    <!-- end -->
+
+`columns` are shown besides those that name rows, by default all; `rows` are those that have the text in one of their names.
+Of every device the newest file under version control is taken, GPUs first.
+"""
+
+import json
+import re
+from itertools import groupby
+from pathlib import Path
+
+from benchmarks.report import provenance
+from benchmarks.results import RESULTS, UNKNOWN, git, load, newest
+from benchmarks.tables import key, to_markdown
+from selfnpo.checkpoint import write_text
+from selfnpo.cli import run
+from selfnpo.world.evaluation import Evaluation
+from selfnpo.world.report import difference_table
+
+ROOT = Path(__file__).parents[1]
+README, EVALUATION = ROOT / "README.md", ROOT / "docs" / "evaluation" / "evaluation.json"
+BLOCK = re.compile(r"(<!-- (table|picture|evaluation)\b ?(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def tracked() -> list[Path]:
+    """The results files under version control; of a copy without it, all."""
+    listed = git("ls-files", "benchmarks/results/*.json")
+    return sorted(RESULTS.glob("*/*.json") if listed == UNKNOWN else map(ROOT.joinpath, listed.splitlines()))
+
+
+def files() -> list[Path]:
+    """One per device."""
+    devices = groupby(tracked(), key=lambda path: path.parent)
+    found = [newest([*paths]) for _, paths in devices]
+    return sorted(found, key=lambda path: load(path)["environment"]["gpu"] == "none")
+
+
+def table(wanted: str) -> str:
+    name, *options = (part.strip() for part in wanted.split(";"))
+    settings = dict(option.split(": ", 1) for option in options)
+    parts = []
+    for path in files():
+        results = load(path)
+        if found := results["tables"].get(name):
+            rows = [row for row in found["rows"] if any(settings.get("rows", "") in part for part in key(found, row))]
+            columns = tuple(filter(None, settings.get("columns", "").split(", ")))
+            parts += [to_markdown(found | {"rows": rows}, columns), provenance(results, name)]
+    return "\n\n".join(parts)
+
+
+def picture(name: str) -> str:
+    found = ((path, load(path)["tables"].get(name)) for path in files())
+    return "\n\n".join(
+        f"![{each['title']}]({path.relative_to(ROOT).with_name(f'{path.stem}-{name}.png')})" for path, each in found if each
+    )
+
+
+def evaluation(_: str) -> str:
+    content = json.loads(EVALUATION.read_text())["values"]
+    values = {arm: {float(scale): rows for scale, rows in found.items()} for arm, found in content.items()}
+    return difference_table(Evaluation(values, num_samples=0, seeds=()), brief=True)
+
+
+def generated(text: str) -> str:
+    """`text` with its tables made anew."""
+    makers = {"table": table, "picture": picture, "evaluation": evaluation}
+
+    def replaced(match: re.Match[str]) -> str:
+        begin, kind, wanted, _, end = match.groups()
+        return f"{begin}{makers[kind](wanted)}\n{end}"
+
+    return BLOCK.sub(replaced, text)
+
+
+def main() -> None:
+    write_text(README, generated(README.read_text()))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,131 @@
+"""Results files: benchmarks/results/<device>/<date>-<commit>.json, one for all that a day measured of a commit.
+
+    environment   what it ran on, with versions and clocks
+    tables        name -> title, legend, source, measured_at, columns (name, unit, kind), rows, ceilings
+
+A row is a list with one value per column; a time is given by its quartiles. A later run of the day replaces the
+rows that it measures again.
+"""
+
+import json
+import re
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.tables import TABLES, key
+from selfnpo.checkpoint import write_text
+from selfnpo.env import cpu_name, describe
+from selfnpo.errors import UserError, first_line
+
+RESULTS = Path(__file__).parent / "results"
+UNKNOWN = "unknown"
+
+
+def device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name().replace("(R)", "")
+
+
+def git(*command: str) -> str:
+    """What git says of this copy, or UNKNOWN where it has none."""
+    try:
+        done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    except FileNotFoundError:
+        return UNKNOWN
+    return done.stdout.strip() if done.returncode == 0 else UNKNOWN
+
+
+def environment() -> dict[str, Any]:
+    found = describe() | {
+        "device": device(),
+        "commit": git("rev-parse", "HEAD"),
+        "changed files": git("status", "--porcelain", "--untracked-files=no", ":!benchmarks/results").splitlines(),
+    }
+    return found | (_clocks() if torch.cuda.is_available() else {})
+
+
+def _clocks() -> dict[str, Any]:
+    import pynvml
+
+    pynvml.nvmlInit()
+    gpu = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+    return {
+        "driver": str(pynvml.nvmlSystemGetDriverVersion()),
+        "cudnn": str(torch.backends.cudnn.version()),
+        "clocks MHz": {
+            "sm": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
+            "sm max": pynvml.nvmlDeviceGetMaxClockInfo(gpu, pynvml.NVML_CLOCK_SM),
+            "memory": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
+        },
+    }
+
+
+def table(name: str, rows: list[dict[str, Any]], ceilings: dict[str, list[float]]) -> dict[str, Any]:
+    """As a results file holds it.
+
+    Args:
+        rows: values by "name" or, where several columns share it, "name, unit".
+    """
+    about = TABLES[name]
+    columns = [vars(column) for column in about.columns]
+    named = [f"{column.name}, {column.unit}" if column.unit else column.name for column in about.columns]
+    for row in rows:
+        if unknown := row.keys() - set(named):
+            raise ValueError(f"the table {name} has no columns {sorted(unknown)}; it has {named}")
+    return {
+        "title": about.title,
+        "legend": about.legend,
+        "source": about.source,
+        "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "columns": columns,
+        "rows": [[row.get(each) for each in named] for row in rows],
+        "ceilings": ceilings,
+    }
+
+
+def save(tables: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write tables to the file of this device, day and commit; returns its path."""
+    about = environment()
+    commit = about["commit"][:7] + ("-changed" if about["changed files"] else "")
+    slug = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+    path = folder / slug / f"{datetime.now(timezone.utc):%Y-%m-%d}-{commit}.json"
+    known = load(path)["tables"] if path.exists() else {}
+    merged = known | {name: _joined(known.get(name), new) for name, new in tables.items()}
+    ordered = {name: merged[name] for name in TABLES if name in merged}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({"environment": about, "tables": ordered}, indent=1) + "\n")
+    return path
+
+
+def _joined(known: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    """`new`, with those rows of `known` that it does not have, and the ceilings of both."""
+    if known is None or known["columns"] != new["columns"]:
+        return new
+    now = {key(new, row): row for row in new["rows"]}
+    rows = [now.pop(key(known, row), row) for row in known["rows"]] + [*now.values()]
+    names = {*known["ceilings"], *new["ceilings"]}
+    ceilings = {name: known["ceilings"].get(name, []) + new["ceilings"].get(name, []) for name in sorted(names)}
+    return new | {"rows": rows, "ceilings": ceilings}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A results file.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} could not be read as JSON: {first_line(error)}") from error
+    if not isinstance(results, dict) or results.keys() != {"environment", "tables"}:
+        raise UserError(f"{path} is no results file; expected one of benchmarks/results/<device>/<date>-<commit>.json")
+    return results
+
+
+def newest(paths: list[Path]) -> Path:
+    """The results file that was measured last."""
+    return max(paths, key=lambda path: max(each["measured_at"] for each in load(path)["tables"].values()))

@@ -1,0 +1,197 @@
+"""What the benchmarks measure and how: taking turns, counting, the released loop, the workloads, one run of each command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import measure
+from benchmarks.released_loop import ReleasedLoop
+from benchmarks.step_cost import held_bytes, step_cost
+from benchmarks.workloads import cogvideox, data_rollout, evaluations, real, sd15, sdxl
+from selfnpo.config import TrainConfig
+from selfnpo.models import load_pretrained
+from selfnpo.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+def test_arms_take_turns_and_the_last_one_runs_twice():
+    calls = []
+
+    def arm(name, seconds):
+        def run():
+            calls.append(name)
+            return next(seconds)
+
+        return run
+
+    times = measure.in_turns(
+        {"a": arm("a", iter([9.0, *[2.0] * 50])), "b": arm("b", iter([9.0, 9.0, *[1.0, 1.1] * 99]))}, 0.0
+    )
+    least, _ = measure.ROUNDS
+    assert calls[:6] == ["b", "a", "b", "b", "a", "b"]
+    assert calls.count("a") == 1 + least  # a round that warms up
+    assert calls.count("b") == 2 * (1 + least)
+    assert set(times.quartiles) == {"a", "b"}
+    assert times.median("a") == 2.0
+    assert times.ratio("a", "b") == pytest.approx(2.0, rel=0.1)
+    assert times.noise == pytest.approx(0.1, abs=0.02)
+    assert times.ms("a") == [2000.0] * 3
+    assert times.ms("c") is times.ratio("c", "a") is None
+
+
+def test_the_budget_decides_how_many_rounds():
+    calls = []
+    measure.in_turns({"a": lambda: calls.append(1) or 1e-3}, 1e9)
+    assert len(calls) == 2 * (1 + measure.ROUNDS[1])
+
+
+def test_what_a_step_costs():
+    x = torch.ones(1000, 1000)
+
+    def step():
+        y = x + 1  # 4 MB
+        z = (y.view(10, -1).T * 2).contiguous()  # 4 MB, and a copy of 4 MB while both live
+        return z.sum().item(), y.tolist()[0][0]
+
+    cost = step_cost(step, CPU)
+    assert cost.launches == 4  # add, mul, copy, sum
+    assert cost.host_reads == 2
+    assert cost.peak_bytes == pytest.approx(12e6, rel=0.01)
+
+
+def test_held_bytes():
+    before = held_bytes()
+    kept = torch.zeros(1 << 20)
+    views = kept[:10], kept.view(2, -1)
+    assert held_bytes() - before == kept.nbytes
+    del kept, views
+    assert held_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def small():
+    return sd15(8).changed(train_batch_size=2)
+
+
+def trained(small, **taken_away):
+    """Weights after two steps from equal random numbers, calls of the reference per step, host reads."""
+    loop = ReleasedLoop(small.config, small.load(), **taken_away)
+    calls = []
+    loop.reference.register_forward_hook(lambda *_: calls.append(1))
+    torch.manual_seed(0)
+    loop.train_step()
+    loop.train_step()
+    weights = torch.cat([weight.detach().flatten() for weight in loop.model.parameters()])
+    average = torch.cat([weight.detach().flatten() for weight in loop.reference.parameters()])
+    return weights, average, len(calls) / 2, step_cost(loop.train_step, CPU).host_reads, loop.evaluations
+
+
+def test_the_released_loop_computes_the_same_without_its_waste(small):
+    weights, average, calls, reads, counted = trained(small)
+    assert calls == counted == 12
+    assert 25 <= reads <= 40  # "about 32 host synchronisations a step"
+    base = torch.cat([weight.flatten() for weight in small.load().denoiser.parameters()])
+    assert (weights != base).any()
+    for taken_away, expected in (
+        ({"dead_calls": False}, (6, reads)),
+        ({"dead_calls": False, "host_loops": False}, (6, 0)),
+    ):
+        again, again_average, *found = trained(small, **taken_away)
+        assert torch.equal(again, weights)
+        assert torch.equal(again_average, average)
+        assert (found[0], found[1]) == expected
+        assert found[0] == found[2]
+
+
+def test_the_one_pass_optimizer_is_the_released_ones(small):
+    config = small.changed(learning_rate=1e-6, adam_weight_decay=1e-3)  # as the loop's own AdamW
+    weights, average, *_ = trained(config, dead_calls=False, host_loops=False)
+    again, again_average, *_ = trained(config, dead_calls=False, host_loops=False, one_pass=True)
+    torch.testing.assert_close(again, weights, rtol=0, atol=1e-9 + 2e-7 * weights.abs().max().item())
+    torch.testing.assert_close(again_average, average, rtol=0, atol=1e-9 + 2e-7 * average.abs().max().item())
+
+
+def test_evaluations_per_sample():
+    base = load_pretrained()
+    for rollout in ("pool", "full", "fresh", "data"):
+        config = TrainConfig(rollout=rollout, train_batch_size=200, pool_size=1)
+        trainer = Trainer(config, base, rollout=data_rollout(config, base) if rollout == "data" else None)
+        trainer.train_step()
+        expected = evaluations(config)
+        assert trainer.step.evaluations / 200 == pytest.approx(expected, rel=0 if rollout in ("pool", "full") else 0.15)
+    assert evaluations(TrainConfig(rollout="data")) == 5.4
+
+
+@pytest.mark.parametrize("make", [sd15, sdxl, cogvideox])
+def test_stand_ins_are_named_so_and_train(make):
+    workload = make()
+    assert workload.name.startswith("stand-in for ")
+    assert sum(weight.numel() for weight in workload.source.empty_denoiser().parameters()) < 2e6
+    config = workload.changed(train_batch_size=1, rank=4, rollout="data").config
+    base = workload.load()
+    loss, norm = Trainer(config, base, rollout=data_rollout(config, base)).train_step()
+    assert torch.isfinite(loss)
+    assert norm > 0
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("SD1.5", 859_520_964), ("SDXL", 2_567_463_684)])
+def test_predictions_are_for_published_sizes(name, parameters):
+    workload = real(name)
+    assert sum(weight.numel() for weight in workload.source.empty_denoiser().parameters()) == parameters
+    assert "stand-in" not in workload.describe()
+
+
+def call(*command, **environment):
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, command)], capture_output=True, text=True, cwd=ROOT, env=inherited | environment,
+        timeout=240,
+    )  # fmt: skip
+
+
+def test_a_benchmark_prints_and_saves_its_table(tmp_path):
+    selected = "tweedie and 20x4x64x64"
+    done = call("pytest", "benchmarks/bench_ops.py", "-k", selected, "--benchmark-only", "-q", "--results", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*/*.json")
+    table = json.loads(path.read_text())["tables"]["ops"]
+    (row,) = table["rows"]
+    assert row[:2] == ["tweedie", "20x4x64x64"]
+    low, middle, high = row[2]
+    assert 0 < low <= middle <= high
+    assert len(table["ceilings"]["copy B/s"]) == 1
+    assert f"results: {path}" in done.stdout
+    assert "| tweedie | 20x4x64x64 | " in done.stdout
+    assert "**Measured** on " in done.stdout
+    assert {each.suffix for each in path.parent.iterdir()} == {".json", ".md", ".png"}
+
+
+def test_a_budget_run(tmp_path):
+    done = call("benchmarks.budget_run", "--rollout", "data", "--max_train_steps", 2, "--no_compile", "--results", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*/*.json")
+    (row,) = json.loads(path.read_text())["tables"]["budget"]["rows"]
+    assert row[:4] == [sd15().describe(), "full", "data", 2]
+    assert row[4] > 0
+    assert str(path.with_suffix(".md")) in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("benchmarks.budget_run", "--rollout", "fresh"), "fresh"),
+        (("benchmarks.compare", "one.json"), "error: got 1 files; expected two"),
+    ],
+)
+def test_mistakes(command, message):
+    done = call(*command)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
