@@ -94,4 +94,4 @@ def bench_steps(benchmark, record, name, weights):
             | against_peak(work, seconds, peak)
         )
     record("steps", rows, {"matmul FLOP/s": peak})
-    benchmark.pedantic(step, rounds=2)
+    benchmark.pedantic(step, rounds=1)

@@ -38,7 +38,7 @@ def bench_size(benchmark, record, grows):
         for to, each in sizes.items()
     ]
     record("scaling", rows, {"matmul FLOP/s": matmul_peak(DEVICE, DTYPE)})
-    benchmark.pedantic(step, rounds=2)
+    benchmark.pedantic(step, rounds=1)
 
 
 def run(rank: int, threads: int, start, seconds) -> None:

@@ -26,4 +26,4 @@ def bench_strategies(benchmark, record, side, batch_size):
     row |= {f"{name}, ms": times.ms(name) for name in makers}
     row |= {f"{name}, x": times.ratio("sequential", name) for name in makers if name != "sequential"}
     record("tandem", [row | {"noise, %": 100 * times.noise}], {"matmul FLOP/s": matmul_peak(DEVICE, DTYPE)})
-    benchmark.pedantic(step, rounds=2)
+    benchmark.pedantic(step, rounds=1)

@@ -51,7 +51,7 @@ def timer(function: Callable[[], object], device: torch.device) -> Callable[[], 
     """A function that runs `function` a few times and returns seconds per call; on CUDA by events around the replay of a
     graph."""
     if device.type == "cpu":
-        function()
+        function()  # compiles it, where it is compiled
         calls = max(1, int(SHORTEST / seconds_of(function, device)))
 
         def run() -> float:
@@ -84,22 +84,19 @@ def timer(function: Callable[[], object], device: torch.device) -> Callable[[], 
 
 
 def in_turns(arms: dict[str, Callable[[], float]], budget: float) -> Times:
-    """Times of `arms`, each of which returns its own, forth and back (ABBA), for about `budget` seconds.
+    """Times of `arms`, which are warm and each return their own, forth and back (ABBA), for about `budget` seconds.
 
-    The last arm runs twice in every round, far apart. The first round warms up and does not count.
+    The last arm runs twice in every round, far apart.
     """
     arms = {AGAIN: [*arms.values()][-1]} | arms
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    rounds = turn = 0
-    while turn <= rounds:
-        started = time.perf_counter()
-        for name in list(arms) if turn % 2 else list(arms)[::-1]:
-            measured = arms[name]()
-            if turn:
-                seconds[name].append(measured)
-        if turn == 0:
-            rounds = _rounds(time.perf_counter() - started, budget)
+    started, rounds, turn = time.perf_counter(), 1, 0
+    while turn < rounds:
+        for name in list(arms)[::-1] if turn % 2 else arms:
+            seconds[name].append(arms[name]())
         turn += 1
+        if turn == 1:
+            rounds = _rounds(time.perf_counter() - started, budget)
     return _times(seconds)
 
 

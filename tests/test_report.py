@@ -96,9 +96,9 @@ def test_what_a_comparison_flags(saved, capsys):
     old = saved(milliseconds=10.0)
     for name, row, code, said in (
         ("same", {}, 0, "1 times compared, 0 changed by more than the noise\n"),
-        ("near", {"milliseconds": 11.4}, 0, "0 changed"),
-        ("slower", {"milliseconds": 12.5}, 1, "| tandem / m / 8x8 / 4 / sequential | 10 | 12.5 | +25 | 15 |"),
-        ("faster", {"milliseconds": 5.0}, 0, "| 10 | 5 | -50 | 15 |"),
+        ("near", {"milliseconds": 11.9}, 0, "0 changed"),
+        ("slower", {"milliseconds": 12.5}, 1, "| tandem / m / 8x8 / 4 / sequential | 10 | 12.5 | +25 | 20 |"),
+        ("faster", {"milliseconds": 5.0}, 0, "| 10 | 5 | -50 | 20 |"),
         ("noisy", {"milliseconds": 12.5, "noise": 30.0}, 0, "0 changed"),
         ("another", {"milliseconds": 50.0, "model": "n"}, 0, "0 times compared"),
     ):
