@@ -18,9 +18,9 @@ import selfnpo_kernels as kernels
 from benchmarks.measure import in_turns, timer
 from benchmarks.workloads import DEVICE
 
-LARGE = "256 MiB"
-SIZES = {"20x4x64x64": (20, 4, 64, 64), LARGE: (64, 4, 512, 512)}
-TOUCHED = 5 << 30  # bytes; more than any arm uses at once
+LARGE, IMAGES = ("256 MiB", 64) if DEVICE.type == "cuda" else ("128 MiB", 32)
+SIZES = {"20x4x64x64": (20, 4, 64, 64), LARGE: (IMAGES, 4, 512, 512)}
+TOUCHED = 5 << 29  # bytes; more than any arm uses at once
 HUGE_PAGE, MADV_HUGEPAGE = 2 << 20, 14
 SCALE, RESCALE, HUBER_C = 3.0, 0.7, 1e-3
 EFFICIENCY = 0.85  # share of the bandwidth of a copy that a prediction assumes
