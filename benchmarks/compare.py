@@ -15,7 +15,9 @@ from selfnpo.cli import run
 from selfnpo.errors import UserError
 from selfnpo.meter import digits
 
-FLOOR = 0.2  # share by which two runs of one commit may differ on a machine that others share
+# Shares by which two runs of one commit may differ on a machine that others share. Short calls depend on where their memory
+# comes to lie.
+FLOOR, SHORT_FLOOR, SHORT = 0.2, 0.5, 1.0  # of which the last in ms
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     for figure, value, noise in times(new):
         if figure in before:
             known, known_noise = before[figure]
-            found.append(Change(figure, known[1], value[1], max(FLOOR, noise + known_noise)))
+            floor = SHORT_FLOOR if known[1] < SHORT else FLOOR
+            found.append(Change(figure, known[1], value[1], max(floor, noise + known_noise)))
     return found
 
 

@@ -4,6 +4,7 @@ A table lies between two comments, of which the first says what it shows:
 
     <!-- table ladder; columns: step, speed; rows: full -->
     <!-- picture ladder -->
+    <!-- reports -->
     <!-- evaluation -->
     ...
     <!-- end -->
@@ -27,7 +28,7 @@ from selfnpo.world.report import difference_table
 
 ROOT = Path(__file__).parents[1]
 README, EVALUATION = ROOT / "README.md", ROOT / "docs" / "evaluation" / "evaluation.json"
-BLOCK = re.compile(r"(<!-- (table|picture|evaluation)\b ?(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (table|picture|reports|evaluation)(?: ([^\n]*?))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def tracked() -> list[Path]:
@@ -63,6 +64,11 @@ def picture(name: str) -> str:
     )
 
 
+def reports(_: str) -> str:
+    paths = [path.relative_to(ROOT).with_suffix(".md") for path in files()]
+    return "\n".join(f"- [{load(ROOT / path.with_suffix('.json'))['environment']['device']}]({path})" for path in paths)
+
+
 def evaluation(_: str) -> str:
     content = json.loads(EVALUATION.read_text())["values"]
     values = {arm: {float(scale): rows for scale, rows in found.items()} for arm, found in content.items()}
@@ -71,11 +77,11 @@ def evaluation(_: str) -> str:
 
 def generated(text: str) -> str:
     """`text` with its tables made anew."""
-    makers = {"table": table, "picture": picture, "evaluation": evaluation}
+    makers = {"table": table, "picture": picture, "reports": reports, "evaluation": evaluation}
 
     def replaced(match: re.Match[str]) -> str:
         begin, kind, wanted, _, end = match.groups()
-        return f"{begin}{makers[kind](wanted)}\n{end}"
+        return f"{begin}\n{makers[kind](wanted or '')}\n\n{end}"
 
     return BLOCK.sub(replaced, text)
 

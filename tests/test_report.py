@@ -100,6 +100,7 @@ def test_what_a_comparison_flags(saved, capsys):
         ("slower", {"milliseconds": 12.5}, 1, "| tandem / m / 8x8 / 4 / sequential | 10 | 12.5 | +25 | 20 |"),
         ("faster", {"milliseconds": 5.0}, 0, "| 10 | 5 | -50 | 20 |"),
         ("noisy", {"milliseconds": 12.5, "noise": 30.0}, 0, "0 changed"),
+        ("short", {"milliseconds": 0.7}, 0, "| 10 | 0.7 | -93 | 20 |"),
         ("another", {"milliseconds": 50.0, "model": "n"}, 0, "0 times compared"),
     ):
         found, output = run_compare(old, saved(name, **({"milliseconds": 10.0} | row)), capsys=capsys)
