@@ -11,6 +11,7 @@ from typing import Literal
 from benchmarks import report, results
 from benchmarks.workloads import DEVICE, evaluations, sd15
 from selfnpo.cli import parse, run
+from selfnpo.config import check
 from selfnpo.meter import EFFICIENCY, count_flops, describe, step_flops
 from selfnpo.results import compute_cost, training_cost
 
@@ -32,11 +33,12 @@ class BudgetRun:
 
 
 def main(options: BudgetRun) -> None:
+    results.check_folder(options.results)
     workload = sd15().changed(
         rollout=options.rollout, rank=options.rank, compile=options.compile, max_train_steps=options.max_train_steps,
         pool_size=8,
     )  # fmt: skip
-    config, trainer = workload.config, workload.trainer()
+    config, trainer = check(workload.config), workload.trainer()
     trainer.run()
     flops = count_flops(config, workload.source)
     cost = training_cost(trainer.state) | compute_cost(trainer.state, trainer.meter, flops)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import report, results
+from selfnpo.errors import UserError
 
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
@@ -17,11 +18,15 @@ def pytest_addoption(parser):
     parser.addoption("--results", type=Path, default=results.RESULTS, help="folder of results files")
 
 
-def pytest_configure():
+def pytest_configure(config):
     """Memory that an arm frees is there for the next one, as GPU allocators keep it.
 
     Otherwise the system maps and zeroes every large result anew, for all arms alike, and the time of that is what one sees.
     """
+    try:
+        results.check_folder(config.getoption("--results"))
+    except UserError as error:
+        raise pytest.UsageError(str(error)) from error
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)

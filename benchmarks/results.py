@@ -10,6 +10,7 @@ rows that it measures again.
 import json
 import re
 import subprocess
+import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,19 @@ def table(name: str, rows: list[dict[str, Any]], ceilings: dict[str, list[float]
         "rows": [[row.get(each) for each in named] for row in rows],
         "ceilings": ceilings,
     }
+
+
+def check_folder(folder: Path) -> None:
+    """Before anything is measured.
+
+    Raises:
+        UserError: results cannot be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"--results {folder} cannot be written: {error.strerror or error}; choose another folder") from error
 
 
 def save(tables: dict[str, Any], folder: Path = RESULTS) -> Path:

@@ -15,14 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks import published
 from selfnpo.config import TrainConfig, preset_config
-from selfnpo.models import (
-    Conditions,
-    ModelOptions,
-    PretrainedModel,
-    SampleOptions,
-    Source,
-    default_device,
-)
+from selfnpo.models import Conditions, ModelOptions, PretrainedModel, SampleOptions, Source, default_device
 from selfnpo.rollout import DataRollout, Reference
 from selfnpo.schedule import make_grid
 from selfnpo.trainer import Trainer

@@ -185,11 +185,14 @@ def test_a_budget_run(tmp_path):
     ("command", "message"),
     [
         (("benchmarks.budget_run", "--rollout", "fresh"), "fresh"),
+        (("benchmarks.budget_run", "--max_train_steps", 0), "error: max_train_steps is 0; expected a value from 1 to"),
+        (("benchmarks.budget_run", "--results", "/dev/null/no"), "error: --results /dev/null/no cannot be written: Not a"),
         (("benchmarks.compare", "one.json"), "error: got 1 files; expected two"),
+        (("pytest", "benchmarks", "--results", "/dev/null/no"), "ERROR: --results /dev/null/no cannot be written: Not a"),
     ],
 )
 def test_mistakes(command, message):
     done = call(*command)
-    assert done.returncode == 2
+    assert done.returncode == (4 if command[0] == "pytest" else 2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
