@@ -15,8 +15,11 @@ A800 = PEAKS["A100"]  # the same chip, but for its links to others
 STEPS = 1000
 RANK = 8
 WEIGHTS = {"full": {}, f"LoRA of rank {RANK}": {"rank": RANK}}
-K5 = {"rollout": "data", "num_rollout_steps": 5}
-RUNS = {"K = 5": K5, "full simulation": {"rollout": "full"}, "pool": {"rollout": "pool"}}
+RUNS = {
+    "K = 5": {"rollout": "data", "num_rollout_steps": 5},
+    "full simulation": {"rollout": "full"},
+    "pool": {"rollout": "pool"},
+}
 AS_RELEASED = 12  # evaluations of the reference per sample
 # By the paper, in hours of A800s and, for full weights of Diffusion-NPO, of A100s.
 PUBLISHED = {

@@ -29,7 +29,7 @@ def factors(workload: Workload) -> dict[str, Callable[[], Loop]]:
         return ReleasedLoop(workload.config, workload.load(), **taken_away)
 
     def ours(**changes: object) -> Loop:
-        return workload.trainer(**(plain | changes))
+        return workload.changed(**(plain | changes)).trainer()
 
     found = {
         "released recipe": released,

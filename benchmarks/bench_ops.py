@@ -3,25 +3,20 @@
 pytest benchmarks/bench_ops.py --benchmark-only
 """
 
-import ctypes
-import sys
 from collections.abc import Callable
-from ctypes import c_int, c_size_t, c_void_p
 from dataclasses import dataclass
-from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
 import selfnpo_kernels as kernels
+from benchmarks import heap
 from benchmarks.measure import in_turns, timer
 from benchmarks.workloads import DEVICE
 
 LARGE, IMAGES = ("256 MiB", 64) if DEVICE.type == "cuda" else ("128 MiB", 32)
 SIZES = {"20x4x64x64": (20, 4, 64, 64), LARGE: (IMAGES, 4, 512, 512)}
-TOUCHED = 5 << 29  # bytes; more than any arm uses at once
-HUGE_PAGE, MADV_HUGEPAGE = 2 << 20, 14
 SCALE, RESCALE, HUBER_C = 3.0, 0.7, 1e-3
 EFFICIENCY = 0.85  # share of the bandwidth of a copy that a prediction assumes
 BUDGET = 2  # seconds per op and size
@@ -122,22 +117,8 @@ OPS = {
 
 @pytest.fixture(autouse=True)
 def _memory(size):
-    """Large results find memory that the system has mapped and zeroed before."""
-    if size == LARGE and DEVICE.type == "cpu" and sys.platform == "linux":
-        touch_memory()
-
-
-@cache
-def touch_memory() -> None:
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = c_void_p, [c_size_t], [c_void_p]
-    libc.madvise.argtypes = [c_void_p, c_size_t, c_int]
-    heap = libc.malloc(TOUCHED)
-    if heap:
-        start = -(-heap // HUGE_PAGE) * HUGE_PAGE
-        libc.madvise(start, (heap + TOUCHED - start) // HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE)
-        ctypes.memset(heap, 0, TOUCHED)
-        libc.free(heap)
+    if size == LARGE and DEVICE.type == "cpu":
+        heap.touch()
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -42,7 +42,7 @@ def main(options: BudgetRun) -> None:
     trainer.run()
     flops = count_flops(config, workload.source)
     cost = training_cost(trainer.state) | compute_cost(trainer.state, trainer.meter, flops)
-    print(describe(cost | {"predicted_gpu_hours": None}))
+    print(describe(cost | {"predicted_gpu_hours": None}))  # which would be those of a stand-in
     hours = cost["gpu_hours" if DEVICE.type == "cuda" else "cpu_hours"]
     work = options.max_train_steps * step_flops(config, flops, evaluations(config))
     predicted = work / (EFFICIENCY * cost["matmul_peak_tflops"] * 1e12) / 3600

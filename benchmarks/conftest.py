@@ -1,17 +1,13 @@
 """What benchmarks report: rows of tables, kept in a results file and printed, with pictures, at the end."""
 
-import ctypes
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import report, results
+from benchmarks import heap, report, results
 from selfnpo.errors import UserError
-
-M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
 
 def pytest_addoption(parser):
@@ -19,18 +15,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Memory that an arm frees is there for the next one, as GPU allocators keep it.
-
-    Otherwise the system maps and zeroes every large result anew, for all arms alike, and the time of that is what one sees.
-    """
     try:
         results.check_folder(config.getoption("--results"))
     except UserError as error:
         raise pytest.UsageError(str(error)) from error
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
+    heap.keep()
 
 
 def pytest_collection_modifyitems(items):

@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.tables import middle
+from benchmarks.tables import label, middle
 from selfnpo.meter import digits
 from selfnpo.picture import save_figure
 
@@ -16,10 +16,9 @@ Results = dict[str, Any]
 
 
 def records(results: Results, name: str) -> list[dict[str, Any]]:
-    """Rows of a table as mappings from "name" or "name, unit" to values; medians where quartiles are given."""
+    """Rows of a table as mappings from labels to values; medians where quartiles are given."""
     table = results["tables"].get(name, {"columns": [], "rows": []})
-    names = [f"{each['name']}, {each['unit']}" if each["unit"] else each["name"] for each in table["columns"]]
-    return [dict(zip(names, map(middle, row), strict=True)) for row in table["rows"]]
+    return [dict(zip(map(label, table["columns"]), map(middle, row), strict=True)) for row in table["rows"]]
 
 
 def caption(results: Results, table: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.plots import PLOTS
 from benchmarks.results import load
+from benchmarks.tables import MEASURED, PREDICTED
 from benchmarks.tables import to_markdown as table_to_markdown
 from selfnpo.checkpoint import write_text
 from selfnpo.cli import run
@@ -25,11 +26,11 @@ def provenance(results: dict[str, Any], name: str) -> str:
     """What stands under a table: its kind, device, day, commit and command."""
     table, environment = results["tables"][name], results["environment"]
     changed = " with changes" if environment["changed files"] else ""
-    if any(column["kind"] == "measured" for column in table["columns"]):
+    if any(column["kind"] == MEASURED for column in table["columns"]):
         kind, device = "**Measured**", f" on {where(environment)}"
     else:
         kind, device = "**Counted**", ""
-    predicted = "; *italics: predicted*" if any(column["kind"] == "predicted" for column in table["columns"]) else ""
+    predicted = "; *italics: predicted*" if any(column["kind"] == PREDICTED for column in table["columns"]) else ""
     made = f"{table['measured_at'][:10]}, commit {environment['commit'][:7]}{changed}"
     return f"{kind}{device}, {made}{predicted}: `{table['source']}`"
 

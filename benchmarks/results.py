@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.tables import TABLES, key
+from benchmarks.tables import TABLES, key, label
 from selfnpo.checkpoint import write_text
 from selfnpo.env import cpu_name, describe
 from selfnpo.errors import UserError, first_line
@@ -68,11 +68,11 @@ def table(name: str, rows: list[dict[str, Any]], ceilings: dict[str, list[float]
     """As a results file holds it.
 
     Args:
-        rows: values by "name" or, where several columns share it, "name, unit".
+        rows: values by the labels of their columns.
     """
     about = TABLES[name]
     columns = [vars(column) for column in about.columns]
-    named = [f"{column.name}, {column.unit}" if column.unit else column.name for column in about.columns]
+    named = [*map(label, columns)]
     for row in rows:
         if unknown := row.keys() - set(named):
             raise ValueError(f"the table {name} has no columns {sorted(unknown)}; it has {named}")

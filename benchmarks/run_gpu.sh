@@ -4,9 +4,9 @@
 #
 #   benchmarks/run_gpu.sh [--dry-run] [OUT]
 #
-# OUT, by default runs/gpu, gets a log for every part, JUnit files, summary.json, and results with their report. A part that passes leaves
-# OUT/<part>.done and is skipped the next time: after a change of code, take another OUT. A part that fails or outlasts its
-# limit does not stop the later ones. Exit code: 0 if all parts passed, 1 if not, 2 for a mistake in the call.
+# OUT, by default runs/gpu, gets a log for every part, JUnit files, summary.json, and results with their report. A part that
+# passes leaves OUT/<part>.done and is skipped the next time: after a change of code, take another OUT. A part that fails or
+# outlasts its limit does not stop the later ones. Exit code: 0 if all parts passed, 1 if not, 2 for a mistake in the call.
 #
 # --dry-run needs no GPU: nothing is built, and tests and benchmarks are collected but not run.
 # PYTHON is the interpreter, by default python3; it needs what pyproject.toml names, and pytest and pytest-benchmark.

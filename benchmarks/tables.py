@@ -37,7 +37,8 @@ def _names(*names: str) -> tuple[Column, ...]:
 
 
 STEP = Column("step", "ms", MEASURED)
-PREDICTED_STEP = (Column("predicted step", "ms", PREDICTED), Column("error of that", "%", PREDICTED))
+ERROR = Column("error of that", "%", PREDICTED)
+PREDICTED_STEP = (Column("predicted step", "ms", PREDICTED), ERROR)
 NOISE = Column("noise", "%", MEASURED)  # between one of the row's functions and itself
 OF_PEAK = Column("of matmul peak", "%", MEASURED)
 
@@ -130,7 +131,7 @@ TABLES = {
             *_measured(("eager", "x"), ("compile", "x"), ("bandwidth", "GB/s"), ("of copy", "%")),
             Column("intensity", "op/B", COUNTED),
             Column("predicted kernel", "ms", PREDICTED),
-            Column("error of that", "%", PREDICTED),
+            ERROR,
             NOISE,
         ),
     ),
@@ -155,7 +156,7 @@ TABLES = {
             *_measured(("run", "device-hours"), ("samples", "1/s"), ("energy", "Wh")),
             OF_PEAK,
             Column("predicted run", "device-hours", PREDICTED),
-            Column("error of that", "%", PREDICTED),
+            ERROR,
         ),
     ),
 }  # fmt: skip
@@ -164,6 +165,11 @@ TABLES = {
 def middle(value: Any) -> Any:
     """The median of a figure that is given as its quartiles."""
     return value[1] if isinstance(value, (list, tuple)) else value
+
+
+def label(column: dict[str, str]) -> str:
+    """ "name" or "name, unit", which no two columns of a table share."""
+    return f"{column['name']}, {column['unit']}" if column["unit"] else column["name"]
 
 
 def key(table: dict[str, Any], row: list[Any]) -> tuple[str, ...]:
@@ -190,8 +196,7 @@ def to_markdown(table: dict[str, Any], names: tuple[str, ...] = ()) -> str:
 
 
 def _header(column: dict[str, str]) -> str:
-    text = f"{column['name']}, {column['unit']}" if column["unit"] else column["name"]
-    return f"*{text}*" if column["kind"] == PREDICTED else text
+    return f"*{label(column)}*" if column["kind"] == PREDICTED else label(column)
 
 
 def _cell(column: dict[str, str], value: Any) -> str:

@@ -38,9 +38,9 @@ class Workload:
     def changed(self, **changes: Any) -> "Workload":
         return replace(self, config=replace(self.config, **changes))
 
-    def trainer(self, **changes: Any) -> Trainer:
+    def trainer(self) -> Trainer:
         """Of a fresh copy of the model."""
-        base, config = self.load(), replace(self.config, **changes)
+        base, config = self.load(), self.config
         return Trainer(config, base, rollout=data_rollout(config, base) if config.rollout == "data" else None)
 
     def load(self) -> PretrainedModel:

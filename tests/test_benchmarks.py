@@ -132,9 +132,7 @@ def test_stand_ins_are_named_so_and_train(make):
     workload = make()
     assert workload.name.startswith("stand-in for ")
     assert sum(weight.numel() for weight in workload.source.empty_denoiser().parameters()) < 2e6
-    config = workload.changed(train_batch_size=1, rank=4, rollout="data").config
-    base = workload.load()
-    loss, norm = Trainer(config, base, rollout=data_rollout(config, base)).train_step()
+    loss, norm = workload.changed(train_batch_size=1, rank=4, rollout="data").trainer().train_step()
     assert torch.isfinite(loss)
     assert norm > 0
 
