@@ -20,6 +20,9 @@ soak: $(VENV)/installed  ## the slow checks: variants, and many kills in a row
 	$(BIN)/python -m pytest -q -n auto -m slow
 	SELFNPO_KILLS=20 $(BIN)/python -m pytest -q tests/test_trainer.py -k killed
 
+compat: $(VENV)/installed  ## kernel and step tests under the oldest and the newest torch and Triton (20 GB of disk)
+	$(BIN)/python tests/compat.py $(ROWS)
+
 evaluate: $(VENV)/installed  ## the README's table: every baseline, fresh rollouts, three fine-tunes
 	$(BIN)/python -m selfnpo.evaluate --arms self-npo fresh random early shuffled --output_dir $(RUNS)/evaluation --overwrite
 

@@ -102,8 +102,8 @@ def _check(lists: dict[str, list[Tensor]], scalars: dict[str, Tensor | None]) ->
         for tensor, param in zip(tensors, params, strict=True):
             if name != "grads" and not same_order(tensor, param):
                 raise ValueError(
-                    f"fused_adamw_ got one of {name} with strides {tensor.stride()} for a parameter {tuple(param.shape)} with "
-                    f"strides {param.stride()}; expected both in one memory order, as torch.empty_like(param) makes it"
+                    f"fused_adamw_ got one of {name} with strides {tensor.stride()} for a parameter {tuple(param.shape)} "
+                    f"with strides {param.stride()}; expected one memory order, as torch.empty_like(param) has it"
                 )
     for param in params:
         if not param.is_contiguous() and not param.is_contiguous(memory_format=memory_format(param)):

@@ -92,8 +92,8 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
 def same_order(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape lie in memory in the same order.
 
-    The stride of a dimension with one entry is never used, and PyTorch's ops set it differently: a 1x1 convolution's weights in
-    channels-last order have other strides in bfloat16 than their copy in int16.
+    The stride of a dimension with one entry is never used, and PyTorch's ops set it differently: the weights of a 1x1
+    convolution in channels-last order, in bfloat16, have other strides than their int16 remainder.
     """
     if one.stride() == other.stride() or not one.numel():
         return True

@@ -55,7 +55,7 @@ def box_muller(word0, word1):
 def philox_4x32(c0, seed, step, site, sample_id):
     """Four words per counter; `c0` is a uint32 block, the rest scalars of any integer type.
 
-    `tl.philox` draws the same words, but multiplies twice where one product of 64 bits holds both halves.
+    Triton's own `philox` draws the same words, but multiplies twice where one product of 64 bits holds both halves.
     """
     seed = tl.cast(seed, tl.uint64)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)

@@ -1,8 +1,8 @@
 """python tests/kernels/jit_launches.py ARCHITECTURE: makes every Triton launch of every op as the JIT does, without a GPU.
 
 A pretended driver names the target, and `JITFunction.run(warmup=True)` binds, specialises and compiles down to machine code
-what it would then launch. The interpreter specialises nothing (on a GPU an argument 1 becomes a constant, which has no
-methods), and code that is compiled ahead of time has its argument types written by hand: both miss what stops the first step.
+what it would then launch. The interpreter specialises nothing, while on a GPU an argument 1 becomes a constant, which has no
+methods; and code that is compiled ahead of time has its argument types written by hand. Both miss what only the JIT does.
 
 Prints JSON: the launches that failed, with the error's last line, and registers and stack of every kernel that was compiled.
 Run it without TRITON_INTERPRET. Triton keeps what it compiled under TRITON_CACHE_DIR.
@@ -33,8 +33,7 @@ def row_major(tensor):
     return tensor
 
 
-# Many programs, one program, odd sizes, multiples of 16, one sample, one channel, one position, one element, 5-D, and samples
-# whose elements need 64 bits to count.
+# Many programs, one program, odd sizes, multiples of 16, one sample, one channel, one position, one element, 5-D.
 SHAPES = [
     (3, 4, 33, 31),
     (20, 4, 64, 64),
@@ -46,7 +45,7 @@ SHAPES = [
     (5, 1025),
     (1,),
 ]
-HUGE = (1, 2**31 + 16)  # never filled: memory that nothing touches is not taken
+HUGE = (1, 2**31 + 16)  # counted in 64 bits; never filled, and memory that nothing touches is not taken
 ALIKE = [(dtype,) * 3 for dtype in DTYPES]  # of sample, model outputs and target
 MIXED = (torch.float32, torch.bfloat16, torch.float16)
 
