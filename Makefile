@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 RUNS ?= runs
 NATIVE = $(wildcard csrc/*.* csrc/*/*.* tests/kernels/*.cu tests/kernels/cuda_on_cpu/*)
 
-.PHONY: demo test soak evaluate bench budget-run readme-tables lint format env clean
+.PHONY: demo test soak compat evaluate bench budget-run readme-tables lint format env clean
 
 demo: $(VENV)/installed  ## train a negative model for the embedded demo, show and judge what it does
 	$(BIN)/python -m selfnpo.train --output_dir $(RUNS)/demo --overwrite

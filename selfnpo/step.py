@@ -86,6 +86,12 @@ class TrainingStep:
                 self._execute = Replayed(self._step, state.optimizer.zero_grad)
         state.startup_seconds += time.perf_counter() - started
 
+    def release(self) -> None:
+        """Give back the memory that a captured graph reserves; a further step would be prepared anew."""
+        self._execute = None
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _strategies(self) -> list[str]:
         config, possible = self.config, strategies(self.config, self.base.device)
         if self.reference is None:

@@ -4,12 +4,12 @@ Every row gets an environment of its own under .compat/ (several GB each, for th
 docs/compatibility.md. Exit code 1 where a row fails.
 """
 
+import importlib.metadata
 import re
 import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from datetime import date
 from pathlib import Path
 
@@ -30,19 +30,16 @@ ROWS = {
 SHOWN = ["torch", "triton", "diffusers", "transformers", "accelerate", "peft"]
 
 
-def declared() -> list[str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return project["dependencies"] + project["optional-dependencies"]["dev"]
-
-
 def requirements(row: str) -> list[str]:
-    """Of one row, for pip."""
-    fixed = ROWS[row]
-    names = {pin.split("==")[0] for pin in fixed}
-    found = [line for line in declared() if re.match(r"[\w-]+", line)[0] not in names]
-    if row == OLDEST:
-        found = [re.sub(r"^([\w-]+)>=([\d.]+)$", r"\1==\2", line) for line in found]
-    return found + fixed
+    """What pyproject.toml asks for, in the versions of a row, for pip."""
+    names, found = {pin.split("==")[0] for pin in ROWS[row]}, [*ROWS[row]]
+    for line in importlib.metadata.requires("selfnpo"):
+        package, _, marker = (part.strip() for part in line.partition(";"))
+        if row == OLDEST and "extra" not in marker:
+            package = package.replace(">=", "==")
+        if re.match(r"[\w-]+", package)[0] not in names and ("extra" not in marker or "dev" in marker):
+            found.append(package)
+    return found
 
 
 def environment(row: str) -> Path:

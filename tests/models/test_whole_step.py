@@ -43,3 +43,10 @@ def test_compiled_code_with_wrong_gradients_is_refused(models, monkeypatch):
     trainer = start(settings(models("stable_diffusion"), compile=True))
     with pytest.raises(UserError, match=r"but torch .* compiles this model wrongly here: its gradients differ by \d+% from"):
         trainer.step.prepare()
+
+
+def test_tf32_is_what_the_setting_says(models):
+    """cuDNN has a switch of its own, which is on by default."""
+    for allowed in (True, False):
+        start(settings(models("stable_diffusion"), allow_tf32=allowed))
+        assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == allowed
