@@ -4,7 +4,7 @@ SD1.5 on a GPU, in minutes; on a CPU its stand-in. What is trained is worth noth
 the GPU's driver counts it. Both go into the results file of this device.
 
 A call that ends early, by --max_seconds or Ctrl-C, leaves a part of the run; further calls at the same commit do the rest and
-add theirs. The exit code is 0 when the run is whole, 3 while it is not.
+add theirs. The exit code is 0 when the run is whole, 75 while it is not.
 """
 
 import os
@@ -22,7 +22,7 @@ from selfnpo.errors import UserError
 from selfnpo.meter import EFFICIENCY, count_flops, describe, step_flops
 from selfnpo.results import compute_cost, training_cost
 
-UNFINISHED = 3  # exit code
+UNFINISHED = 75  # exit code: try again
 # What adds up over the parts of a run.
 ADDED = ("steps, done", "parts, run", "training, s", "start-up, s", "energy, Wh", "predicted training, s")
 
