@@ -150,7 +150,7 @@ def bench_optimizer(record, size):
     for param, grad in zip(theirs, grads, strict=True):
         param.grad = grad.clone()
     optimizer = torch.optim.AdamW(theirs, lr=1e-4, fused=True, capturable=DEVICE.type == "cuda")
-    step, lr = torch.tensor(1, device=DEVICE), torch.tensor(1e-4, device=DEVICE)
+    step, lr = torch.ones((), dtype=torch.int64, device=DEVICE), torch.full((), 1e-4, device=DEVICE)
 
     def kernel():
         scale = (1.0 / (torch.nn.utils.get_total_norm(ours[1]) + 1e-6)).clamp(max=1.0)

@@ -11,7 +11,7 @@ import torch
 from torch import multiprocessing
 
 from benchmarks.measure import steps, warm
-from benchmarks.workloads import DEVICE, DTYPE, ON_GPU, DoesNotFit, Workload, sd15, train_step
+from benchmarks.workloads import DEVICE, DTYPE, ON_GPU, DoesNotFit, sd15, train_step
 from selfnpo.meter import matmul_peak, seconds_of
 
 BATCHES = [1, 4, 20, 40]

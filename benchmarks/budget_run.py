@@ -3,8 +3,8 @@
 SD1.5 on a GPU, in minutes; on a CPU its stand-in. What is trained is worth nothing, what it costs is: hours, and energy as
 the GPU's driver counts it. Both go into the results file of this device.
 
-A call that ends early, by --max_seconds or Ctrl-C, leaves a part of the run; further calls at the same commit do the rest and
-add theirs. The exit code is 0 when the run is whole, 75 while it is not.
+A call that ends early, by --max_seconds or Ctrl-C, leaves a part of the run; further calls at the same commit do the rest.
+The exit code is 0 when the run is whole, 75 while it is not.
 """
 
 import os

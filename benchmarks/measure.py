@@ -221,4 +221,3 @@ def _rounds(seconds: float, budget: float) -> int:
 
 def _quartiles(values: list[float]) -> tuple[float, float, float]:
     return tuple(statistics.quantiles(values, n=4))
-

@@ -4,8 +4,8 @@
     tables        name -> title, legend, source, measured_at, columns (name, unit, kind), rows, ceilings
 
 A row is a list with one value per column; a time is given by its quartiles. A later run of the day replaces the
-rows that it measures again. A copy without git is told its commit by SELFNPO_COMMIT: a hash, with -changed behind it where the
-working tree differs from it.
+rows that it measures again. A copy without git is told its commit by SELFNPO_COMMIT: a hash, and -changed behind it where
+the working tree differs.
 """
 
 import json
