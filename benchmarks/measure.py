@@ -20,7 +20,7 @@ from selfnpo.meter import EFFICIENCY, seconds_of
 CALLS_PER_GRAPH = 10
 SHORTEST = 2e-3  # seconds; on a CPU shorter calls are timed several at once
 WARM_UPS = {"cuda": 8, "cpu": 2}  # steps; on a GPU they are watched, and captured by the sixth
-WARM_UP_SECONDS = 15  # after the first step, which compiles; then a loop that is not captured is warm enough
+WARM_UP_SECONDS = 5  # after the first step, which compiles; then a loop that is not captured is warm enough
 ROUNDS = (3, 50)
 AGAIN = "again"  # an arm that is the last one of the others once more
 
