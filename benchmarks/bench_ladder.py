@@ -65,7 +65,7 @@ def bench_ladder(record):
         cost, loop = step_cost(step, DEVICE), step.__self__
         held = 0 if ON_GPU else held_bytes() - before[factor]  # there the peak has it
         return {
-            "factor": factor + uncaptured(factor, step),
+            "factor": factor + uncaptured(step),
             "memory, MiB": (held + cost.peak_bytes) / 2**20,
             "launches, per step": cost.launches,
             "host reads, per step": cost.host_reads,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from benchmarks.measure import steps, warm
+from benchmarks.measure import release, steps, warm
 from benchmarks.workloads import DEVICE, DTYPE, ON_GPU, DoesNotFit, sd15, train_step
 from selfnpo.meter import matmul_peak, seconds_of
 
@@ -50,6 +50,7 @@ def run(rank: int, threads: int, start, seconds) -> None:
 def bench_processes(record, processes):
     """Runs that know nothing of one another, on one device."""
     workload = sd15()
+    release()
     try:
         workload.check_fits(processes)
     except DoesNotFit as error:

@@ -146,7 +146,7 @@ def in_turns(arms: dict[str, Callable[[], float]], budget: float) -> Times:
     return Times(quartiles, abs(again / last - 1))
 
 
-def uncaptured(name: str, step: Step) -> str:
+def uncaptured(step: Step) -> str:
     """What belongs behind the name of a warm loop that was to replay a graph and does not; empty for all others."""
     execute = _execute(step)
     return "" if not isinstance(execute, Replayed) or execute.replay not in (None, execute.step) else " (NOT captured)"
@@ -156,7 +156,7 @@ def steps(
     makers: dict[str, Callable[[], Step]],
     device: torch.device,
     budget: float,
-    visit: Callable[[str, Step], Any] = uncaptured,
+    visit: Callable[[str, Step], Any] = lambda name, step: uncaptured(step),
 ) -> Iterator[tuple[str, Times, Any]]:
     """Times of training steps, each made by its maker, warmed up and visited: names, times, what the visit returned.
 
@@ -179,14 +179,19 @@ def steps(
     else:
         quartiles: dict[str, tuple[float, float, float]] = {}
         for name, make in makers.items():
-            gc.collect()  # the loop before, and its memory
-            torch.cuda.empty_cache()
+            release()
             with failures.caught(name):
                 seconds, found = _alone(name, make, device, budget / len(makers), visit)
                 quartiles[name] = _quartiles(seconds)
                 odd, even = (statistics.median(seconds[start::2]) for start in (0, 1))
                 yield name, Times(dict(quartiles), abs(odd / even - 1)), found
     failures.finish()
+
+
+def release() -> None:
+    """The memory of loops that are gone, to whoever asks the GPU for it."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _alone(

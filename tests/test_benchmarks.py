@@ -89,10 +89,10 @@ def test_a_loop_is_warm_when_its_graph_replays_however_long_that_takes(monkeypat
     loop = Loop(execute)
     step = measure.warm(loop.train_step, CUDA)
     assert loop.calls == calls
-    assert measure.uncaptured("", step) == (" (NOT captured)" if calls == 8 else "")
+    assert measure.uncaptured(step) == (" (NOT captured)" if calls == 8 else "")
     if calls == 6:
         execute.replay = execute.step  # as where capturing failed
-        assert measure.uncaptured("", step) == " (NOT captured)"
+        assert measure.uncaptured(step) == " (NOT captured)"
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)

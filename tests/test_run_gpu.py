@@ -4,6 +4,7 @@ pytest and the budget run take the words that it gives them."""
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -56,7 +57,10 @@ class Runs:
         set_here = {"PYTHON": self.python, "WORK": self.work, "SELFNPO_COMMIT": COMMIT} | environment
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
         command, words = ["bash", self.script, *arguments], {name: str(value) for name, value in set_here.items()}
-        return subprocess.run(command, capture_output=True, text=True, env=inherited | words, timeout=60)
+        return subprocess.run(
+            command, capture_output=True, text=True, env=inherited | words, timeout=60,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as in the background of a shell
+        )  # fmt: skip
 
     def every_call(self) -> list[str]:
         return (self.python.parent / "calls").read_text().splitlines()
@@ -184,6 +188,7 @@ def test_a_part_that_outlasts_its_time_and_those_for_which_none_is_left(run, tmp
     run.script.parent.mkdir()
     run.script.write_text(re.sub(r"TOTAL=\d+", "TOTAL=20", re.sub(r"^env .*", "env 10 1", SCRIPT.read_text(), flags=re.M)))
     assert run(run.out, LASTING="selfnpo.env").returncode == 1
+    assert next(row["seconds"] for row in run.summary()["parts"] if row["part"] == "env") < 9  # an interrupt was enough
     begun = {"build": "passed", "env": "timed out", "warm": "passed"}
     # Of the others, those begin of whose time half is left.
     assert run.outcomes() == dict.fromkeys(PARTS, "not started") | begun | {"guidance": "passed"}
