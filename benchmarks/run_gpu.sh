@@ -107,11 +107,8 @@ allowed() {
 is_wanted() { [[ ${#words[@]} -lt 2 || $wanted == *" $1 "* ]]; }
 is_done() { grep -qsF "\"commit\": \"$COMMIT\", \"dry_run\": $DRY_RUN" "$WORK/$1.done"; }
 
-# within SECONDS NAME COMMAND...: into the part's log, with an interrupt at the end, which lets it write what it has; also
-# where this script runs in the background, whose commands ignore interrupts.
-within() {
-    timeout --signal=INT --kill-after="$GRACE" "$1" env --default-signal=INT "${@:3}" >"$WORK/$2.log" 2>&1 </dev/null
-}
+# within SECONDS NAME COMMAND...: into the part's log, with an interrupt at the end, which lets it write what it has.
+within() { timeout --signal=INT --kill-after="$GRACE" "$1" "${@:3}" >"$WORK/$2.log" 2>&1 </dev/null; }
 
 # ended NAME SECONDS CODE
 ended() {
