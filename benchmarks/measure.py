@@ -24,7 +24,6 @@ WARM_UP_SECONDS = 5  # after the first step, which compiles; then a loop that is
 ROUNDS = (3, 50)
 AGAIN = "again"  # an arm that is the last one of the others once more
 
-
 Step = Callable[[], object]
 
 

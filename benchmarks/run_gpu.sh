@@ -92,9 +92,10 @@ save() {
     local IFS=,
     printf '{"commit": "%s", "dry_run": %s, "seconds": %d, "parts": [%s]}\n' \
         "$COMMIT" "$DRY_RUN" "$SECONDS" "${rows[*]}" >"$OUT/summary.json"
-    # Without what belongs to this machine.
-    tar czf "$OUT/.gpu.tgz" -C "$WORK/.." --exclude='*.tgz' --exclude=site --exclude=warm --exclude={wheels,build,env}.done \
-        "${WORK##*/}" && mv "$OUT/.gpu.tgz" "$OUT/gpu.tgz"
+    # Without what belongs to this machine. Code 1: a part in the background wrote to its log meanwhile.
+    tar czf "$OUT/.gpu.tgz" -C "$WORK/.." --warning=no-file-changed --exclude='*.tgz' --exclude=site --exclude=warm \
+        --exclude={wheels,build,env}.done "${WORK##*/}"
+    if (($? < 2)); then mv "$OUT/.gpu.tgz" "$OUT/gpu.tgz"; fi
 }
 
 # What may be spent on part NAME.
@@ -168,7 +169,7 @@ part build "${build[@]}"
 part env "$PYTHON" -m selfnpo.env
 if command -v nvidia-smi >/dev/null; then timeout 20 nvidia-smi -q >"$WORK/nvidia-smi.txt" 2>&1; fi
 warming=
-if is_wanted tests && ! is_done tests; then # a few compiled steps fill Inductor's cache while the tests run
+if is_wanted warm && ! is_done tests; then # a few compiled steps fill Inductor's cache while the tests run
     warm_started=$SECONDS
     within "$(of warm 3)" warm "${budget[@]}" --max_train_steps 12 "--results=$WORK/warm" &
     warming=$!
