@@ -14,6 +14,7 @@ import re
 import subprocess
 import tempfile
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,17 @@ def git(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else UNKNOWN
 
 
+@cache
+def checkout() -> tuple[str, list[str]]:
+    """Commit and changed files when this process first asked: what is committed later is not what it measures."""
+    changed = git("status", "--porcelain", "--untracked-files=no", ":!benchmarks/results")
+    return git("rev-parse", "HEAD"), changed.splitlines()
+
+
 def environment() -> dict[str, Any]:
-    told = os.environ.get("SELFNPO_COMMIT")
-    if told:
+    commit, changed = checkout()
+    if told := os.environ.get("SELFNPO_COMMIT"):
         commit, changed = told.removesuffix(CHANGED), ["unknown ones"] if told.endswith(CHANGED) else []
-    else:
-        commit = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no", ":!benchmarks/results").splitlines()
     found = describe() | {"device": device(), "commit": commit, "changed files": changed}
     return found | (_clocks() if torch.cuda.is_available() else {})
 
@@ -97,6 +102,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         UserError: results cannot be written there.
     """
+    checkout()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -398,6 +398,14 @@ def test_the_commit_of_a_copy_without_git(monkeypatch):
     assert results.environment()["changed files"] == []
 
 
+def test_the_commit_is_the_one_that_a_process_began_with(tmp_path, monkeypatch):
+    monkeypatch.delenv("SELFNPO_COMMIT", raising=False)
+    results.check_folder(tmp_path)
+    before = results.environment()
+    monkeypatch.setattr(results, "git", lambda *_: "f" * 40)
+    assert results.environment() == before
+
+
 def test_a_budget_run(tmp_path):
     done = call("benchmarks.budget_run", "--rollout", "data", "--max_train_steps", 2, "--no_compile", "--results", tmp_path)
     assert done.returncode == 0, done.stderr
