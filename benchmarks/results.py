@@ -120,8 +120,8 @@ def rows_before(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     """Of a table in the newest file of this device and commit, by the labels of their columns."""
     pattern = _path(folder, environment(), "[0-9]" * 4 + "-*")
     files = sorted(pattern.parent.glob(pattern.name))
-    found = load(files[-1])["tables"].get(name, {"columns": [], "rows": []}) if files else {"columns": [], "rows": []}
-    return [dict(zip(map(label, found["columns"]), row, strict=True)) for row in found["rows"]]
+    found = load(files[-1])["tables"].get(name) if files else None
+    return [dict(zip(map(label, found["columns"]), row, strict=True)) for row in found["rows"]] if found else []
 
 
 def save(tables: dict[str, Any], folder: Path = RESULTS) -> Path:
