@@ -5,6 +5,7 @@ docs/compatibility.md. Exit code 1 where a row fails.
 """
 
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -20,10 +21,11 @@ TESTS = [
     "tests/models/test_training.py",
 ]  # fmt: skip
 OLDEST = "oldest"
-# What a row fixes; the rest comes from constraints.txt, and for the oldest row from the floors in pyproject.toml.
+# What a row fixes; the rest comes from constraints.txt, and for the oldest row from the floors in pyproject.toml. The
+# interpreter of Triton 3.6, which only tests use, fails on numpy 2.4.
 ROWS = {
-    OLDEST: [],
-    "2.11": ["torch==2.11.0", "triton==3.6.0"],
+    OLDEST: ["numpy<2.4"],
+    "2.11": ["torch==2.11.0", "triton==3.6.0", "numpy<2.4"],
     "2.13": ["torch==2.13.0", "triton==3.7.1"],
     "newest": ["torch==2.14.1"],
 }
@@ -32,14 +34,18 @@ SHOWN = ["torch", "triton", "diffusers", "transformers", "accelerate", "peft"]
 
 def requirements(row: str) -> list[str]:
     """What pyproject.toml asks for, in the versions of a row, for pip."""
-    names, found = {pin.split("==")[0] for pin in ROWS[row]}, [*ROWS[row]]
+    names, found = {_name(pin) for pin in ROWS[row]}, [*ROWS[row]]
     for line in importlib.metadata.requires("selfnpo"):
         package, _, marker = (part.strip() for part in line.partition(";"))
         if row == OLDEST and "extra" not in marker:
             package = package.replace(">=", "==")
-        if re.match(r"[\w-]+", package)[0] not in names and ("extra" not in marker or "dev" in marker):
+        if _name(package) not in names and ("extra" not in marker or "dev" in marker):
             found.append(package)
     return found
+
+
+def _name(requirement: str) -> str:
+    return re.match(r"[\w-]+", requirement)[0]
 
 
 def environment(row: str) -> Path:
@@ -50,7 +56,9 @@ def environment(row: str) -> Path:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
         if row != OLDEST:
             lines = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
-            constraints.writelines(line for line in lines if not line.startswith(("torch=", "triton=")))
+            constraints.writelines(
+                line for line in lines if "==" in line and _name(line) not in {*map(_name, ROWS[row]), "triton"}
+            )
             constraints.flush()
         command = [python, "-m", "pip", "install", "--quiet", "--constraint", constraints.name, *requirements(row)]
         subprocess.run(command, check=True)
@@ -61,7 +69,7 @@ def tested(row: str) -> dict[str, str]:
     """The cells of a row of the table."""
     python, started = environment(row), time.time()
     command = [python, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *TESTS]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     print(done.stdout[-3000:], flush=True)
     outcome = re.search(r"^(?:=* )?(\d+ (?:passed|failed).*?)(?: in [\d.]+s.*)?$", done.stdout, re.MULTILINE)
     code = f"import importlib.metadata as m; print(*map(m.version, {SHOWN}))"

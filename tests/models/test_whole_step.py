@@ -41,7 +41,7 @@ def test_compiled_code_with_wrong_gradients_is_refused(models, monkeypatch):
 
     monkeypatch.setattr(FullWeights, "compile", compile)
     trainer = start(settings(models("stable_diffusion"), compile=True))
-    with pytest.raises(UserError, match=r"but torch .* compiles this model wrongly here: its gradients differ by \d+% from"):
+    with pytest.raises(UserError, match=r"but torch .* compiles this model wrongly here: its gradients differ by "):
         trainer.step.prepare()
 
 

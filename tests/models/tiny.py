@@ -6,6 +6,7 @@ python tests/models/tiny.py stable_diffusion /tmp/tiny-sd
 import argparse
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,7 +60,16 @@ def clip_tokenizer() -> CLIPTokenizer:
     """Knows every byte by itself, so that it can spell anything."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=77)
+    with tempfile.TemporaryDirectory() as folder:  # by files, which every release of transformers reads
+        (Path(folder) / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+        (Path(folder) / "merges.txt").write_text("#version: 0.2\n")
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+        write_sentencepiece(Path(folder))
+        return T5Tokenizer.from_pretrained(folder, extra_ids=0)
 
 
 def clip_config(tokenizer: CLIPTokenizer, width: int = WIDTH) -> CLIPTextConfig:
@@ -110,7 +120,7 @@ def stable_diffusion_xl(folder: Path) -> None:
 
 
 def cogvideox(folder: Path, rotary: bool = False) -> None:
-    tokenizer = T5Tokenizer(vocab=[(word, 0.0) for word in ("<pad>", "</s>", "<unk>", *CHARACTERS)], extra_ids=0)
+    tokenizer = t5_tokenizer()
     text = T5Config(
         vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, d_ff=WIDTH, num_layers=1, num_heads=2, is_encoder_decoder=False
     )
@@ -194,8 +204,12 @@ def as_published(file: Path) -> None:
     file.unlink()
     if isinstance(tokenizer.model, BPE):
         tokenizer.model.save(str(file.parent))
-        return
-    with (file.parent / "spiece.model").open("wb") as writer:
+    else:
+        write_sentencepiece(file.parent)
+
+
+def write_sentencepiece(folder: Path) -> None:
+    with (folder / "spiece.model").open("wb") as writer:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(["".join(CHARACTERS[1:])]), model_writer=writer, model_type="char",
             vocab_size=len(CHARACTERS) + 3, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
