@@ -24,6 +24,7 @@ from tqdm import tqdm
 from selfnpo.errors import UserError
 
 _PARTIAL = ".partial"
+_FLUSH = 1 << 28  # bytes, after which a disk is set to work: a machine with much memory would else begin at the end
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -84,8 +85,8 @@ def _digest(path: Path) -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], go_on: Callable[[], object] = lambda: None) -> str:
-    """Write a safetensors file and return its digest. Holds one tensor at a time, where safetensors' own `save_file` wants
-    all of them on the host; each is hashed while it is written.
+    """Write a safetensors file and return its digest. Holds two tensors at a time, where safetensors' own `save_file` wants
+    all of them on the host: one is hashed and written while the next one is fetched.
 
     Args:
         tensors: on any device, in any layout.
@@ -100,24 +101,42 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], go_on: Callable[[], ob
     text += b" " * (-len(text) % 8)
     text = len(text).to_bytes(8, "little") + text
     digest = hashlib.sha256(text)
-    with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
-        file.write(text)
+    with path.open("wb") as file, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as writer:
+        jobs = [writer.submit(file.write, text)]
+        fetched = flushed = 0
         for _, tensor in ordered:
             go_on()
             data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            hashed = hasher.submit(digest.update, data)
-            file.write(data)
-            hashed.result()
+            for job in jobs:
+                job.result()
+            jobs = [hasher.submit(digest.update, data), writer.submit(file.write, data)]
+            fetched += data.nbytes
+            if fetched - flushed >= _FLUSH:
+                os.fsync(file.fileno())
+                flushed = fetched
+        for job in jobs:
+            job.result()
     return digest.hexdigest()
 
 
 def save_checkpoint(
-    folder: Path, tensors: dict[str, Tensor], scalars: dict[str, Any], go_on: Callable[[], object] = lambda: None
+    folder: Path,
+    tensors: dict[str, Tensor],
+    scalars: Callable[[], dict[str, Any]],
+    go_on: Callable[[], object] = lambda: None,
 ) -> None:
-    """Raises a UserError where it cannot be written, and whatever `go_on` raises, which is called before every tensor."""
+    """Write a checkpoint.
+
+    Args:
+        scalars: called once the tensors are written.
+        go_on: called before every tensor; what it raises ends the writing.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     with committed_folder(folder) as partial:
-        scalars = scalars | {"sha256": write_tensors(partial / "state.safetensors", tensors, go_on)}
-        (partial / "state.json").write_text(json.dumps(scalars, indent=1))
+        digest = write_tensors(partial / "state.safetensors", tensors, go_on)
+        (partial / "state.json").write_text(json.dumps(scalars() | {"sha256": digest}, indent=1))
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -154,7 +173,7 @@ def load_latest(output_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def remove_partial(output_dir: Path) -> None:
     """What a run that was killed had half written; its successor may take its checkpoints at other steps."""
     for folder in output_dir.glob(f".checkpoint-*{_PARTIAL}"):
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def prune_checkpoints(output_dir: Path, limit: int) -> None:

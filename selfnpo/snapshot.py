@@ -11,7 +11,8 @@ The copy is queued behind the last step, on a GPU into pinned memory that is kep
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,6 @@ class CheckpointWriter:
     def __init__(self, state: TrainState, output_dir: Path):
         device = state.base.device
         self.state, self.output_dir, self.on_gpu = state, output_dir, device.type == "cuda"
-        # For what the thread does on a GPU: on the training's own stream it would wait for every step that is queued there.
         self._stream = torch.cuda.Stream(device) if self.on_gpu else None
         self._buffers: dict[str, Tensor] = {}
         self._copied: list[torch.cuda.Event] = []  # before and after a copy, which the device makes between two steps
@@ -109,13 +109,21 @@ class CheckpointWriter:
             self._error = error  # raised where the training asks next
 
     def _write(self, folder: Path, tensors: dict[str, Tensor], scalars: dict) -> None:
-        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+        with self._aside(), ThreadPoolExecutor(1) as other:
             if self._stream:
                 self._stream.synchronize()
             remove_partial(self.output_dir)
-            # The base's digest is made here too, for it takes seconds; the base does not change.
-            save_checkpoint(folder, tensors, scalars | {"base_sha256": self.state.fingerprint}, self._go_on)
+            base = other.submit(self._fingerprint)  # which takes seconds, once
+            save_checkpoint(folder, tensors, lambda: scalars | {"base_sha256": base.result()}, self._go_on)
         prune_checkpoints(self.output_dir, self.state.config.checkpoints_total_limit)
+
+    def _fingerprint(self) -> str:
+        with self._aside():
+            return self.state.fingerprint
+
+    def _aside(self) -> AbstractContextManager:
+        """On a GPU, where the training's own stream would let a copy wait for every step that is queued."""
+        return torch.cuda.stream(self._stream) if self._stream else nullcontext()
 
     def _go_on(self) -> None:
         if self._cancelled.is_set():

@@ -40,7 +40,8 @@ class TrainState:
     seconds: float = 0.0  # wall time of training: steps, and what is beside them but for pictures
     startup_seconds: float = 0.0  # and before: compilation, measurements, filling the pool
     strategy: str = ""  # of selfnpo/tandem.py, once it is chosen; another one would round differently
-    # Seconds of the host for what is beside the steps, in all processes of the run.
+    # Seconds for which something beside the steps held them up, in all processes of the run, counted generously: while the
+    # host is busy a GPU may still have steps to do.
     beside: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("logging", "relative_delta", "checkpoints", "pictures"), 0.0)
     )
