@@ -22,14 +22,13 @@ from benchmarks.tables import to_markdown
 from benchmarks.workloads import DEVICE, ON_GPU, evaluations, real
 from selfnpo.cli import parse, run
 from selfnpo.config import TrainConfig
-from selfnpo.meter import EFFICIENCY, count_flops, matmul_peak, step_flops
-from selfnpo.trainer import DELTA_STEPS, Trainer
+from selfnpo.meter import EFFICIENCY, count_flops, matmul_peak, seconds_of, step_flops
+from selfnpo.trainer import DELTA_STEPS, REST, Trainer
 
 STEPS = 1000
 SMALL = {} if ON_GPU else {"train_batch_size": 1, "resolution": 64, "pool_size": 1, "num_inference_steps": 2}
-CLOSING = 3  # looks at relative_delta after the last step: metrics.json, twice, and the model card
 H100_STEP, H100_START = 0.248, 80.0  # seconds, predicted
-PCIE, DISK = 25e9, 2e9  # bytes per second, assumed
+PCIE, DISK, SHA256 = 25e9, 2e9, 1.7e9  # bytes per second, assumed; of SHA-256 on a core of 3.5 GHz
 VAE_FLOPS = 50e12  # per second, in float32, assumed
 
 
@@ -56,9 +55,9 @@ def measure(rank: int, folder: Path) -> tuple[dict[str, float], dict[str, int]]:
     trainer = Trainer(workload.config, base, folder)
     state, writer = trainer.state, trainer.writer
     trainer.run(wait=False)
-    seconds = {"hashed byte": _hashing(), "step": state.seconds / 3, "log": state.beside["logging"] / 3}
+    seconds = {"step": state.seconds / 3, "log": state.beside["logging"] / 3}
     seconds["last"] = _held_up(state.beside, "checkpoints", writer.wait)
-    seconds["delta"] = _held_up(state.beside, "relative_delta", state.relative_delta)
+    seconds["delta"] = seconds_of(state.student.relative_delta, DEVICE)
     for _ in range(2):  # the first time buffers are made
         taken = _held_up(state.beside, "checkpoints", trainer._checkpoint)
         if writer._thread is None:  # there was no memory to copy to
@@ -89,7 +88,7 @@ def _copy_seconds(tensors: dict[str, Tensor]) -> float:
 
 
 def _hashing() -> float:
-    """Bytes per second of one core, SHA-256."""
+    """Bytes per second of one core."""
     data = bytes(1 << 28)
     started = time.thread_time()
     hashlib.sha256(data)
@@ -118,10 +117,11 @@ def rows_of(rank: int, seconds: dict[str, float], size: dict[str, int]) -> list[
     pictures = sampling / (work / H100_STEP) + decoding / VAE_FLOPS
     # Beside the last checkpoint the negative is written, to the same disk, and pictures are made.
     negative = size["negative"] / DISK
-    written = max(size["checkpoint"] / seconds["hashed byte"], size["checkpoint"] / DISK + negative)
-    looks = STEPS / (config.logging_steps if rank else DELTA_STEPS) + CLOSING
-    due, due_there = ((length // (60 * config.checkpointing_minutes)) for length in (here, STEPS * H100_STEP))
+    written = max(size["checkpoint"] / SHA256, size["checkpoint"] / DISK + negative)
+    looks = STEPS / (config.logging_steps if rank else DELTA_STEPS)
+    every = 60 * config.checkpointing_minutes
     is_copied = "waiting" not in seconds
+    due = here // max(every, REST * seconds["copied" if is_copied else "waiting"])
     rows = []
 
     def add(name: str, moved: int, once: float | None, times: float, once_there: float, times_there: float) -> None:
@@ -142,7 +142,7 @@ def rows_of(rank: int, seconds: dict[str, float], size: dict[str, int]) -> list[
     log, delta, state = seconds["log"], size["delta"], size["checkpoint"]
     add("a row of the log", 0, log, STEPS / config.logging_steps, log, STEPS / config.logging_steps)
     add("relative_delta", delta, seconds["delta"], looks, delta / PCIE or seconds["delta"], looks)
-    add("a checkpoint, copied", state, seconds["copied"], due * is_copied, state / PCIE, due_there)
+    add("a checkpoint, copied", state, seconds["copied"], due * is_copied, state / PCIE, STEPS * H100_STEP // every)
     if not is_copied:
         add("a checkpoint, without memory for a copy", state, seconds["waiting"], due, 0, 0)
     add("the last checkpoint", state, seconds["last"], 1, max(0, written - negative - pictures), 1)
@@ -156,7 +156,7 @@ def main(options: RunOverhead) -> None:
     results.check_folder(options.results)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         seconds, size = measure(options.rank, Path(folder))
-    table = results.table("overhead", rows_of(options.rank, seconds, size), {"SHA-256 B/s": [seconds["hashed byte"]]})
+    table = results.table("overhead", rows_of(options.rank, seconds, size), {"SHA-256 B/s": [_hashing()]})
     path = results.save({"overhead": table}, options.results)
     print(to_markdown(table), "results:", path, *report.write(path), sep="\n")
 

@@ -73,19 +73,20 @@ def training_cost(state: TrainState) -> dict[str, Any]:
         "samples": samples,
         "seconds": state.seconds,
         "startup_seconds": state.startup_seconds,
-        "beside_steps_seconds": {**state.beside},
         "samples_per_second": samples / state.seconds,
         "reference_evaluations_per_sample": state.reference_evaluations / samples,
         "strategy": state.strategy,
         "relative_delta": state.relative_delta(),
+        "beside_steps_seconds": {**state.beside},
         "device": f"{device_name(state.base.device)}, torch {torch.__version__}",
     }
 
 
 def beside_steps(state: TrainState) -> str:
-    """A line on what the run spent its time with but for steps."""
-    shares = (f"{kind} {seconds / state.seconds:.1%}" for kind, seconds in state.beside.items())
-    return f"beside the steps, in shares of the training time: {', '.join(shares)}"
+    """A line on what held the steps of the run up, in shares of its time."""
+    whole = state.seconds + state.startup_seconds
+    shares = ", ".join(f"{kind} {100 * seconds / whole:.1f} %" for kind, seconds in state.beside.items())
+    return f"beside the steps: {shares} of {whole:.0f} s"
 
 
 def compute_cost(state: TrainState, meter: Meter, flops: Flops) -> dict[str, Any]:

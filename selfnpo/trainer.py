@@ -27,6 +27,7 @@ from selfnpo.step import TrainingStep
 from selfnpo.validation import save_grid
 
 DELTA_STEPS = 100  # between looks at how far full weights have moved, for which a GPU reads the whole base from the host
+REST = 50  # a checkpoint by minutes is put off until training has lasted this many times as long as the last one held it up
 
 
 def make_rollout(config: TrainConfig, base: PretrainedModel, data: TrainData | None = None) -> Rollout:
@@ -73,7 +74,7 @@ class Trainer:
             )
             self._truncate_log()
         self.writer = CheckpointWriter(self.state, output_dir) if output_dir else None
-        self._saved_at = self.state.seconds  # of training
+        self._saved_at, self._held_up = self.state.seconds, 0.0  # when the last checkpoint was taken, and for how long
         self._moved: float | None = None  # the last `relative_delta`
 
     def train_step(self) -> tuple[Tensor, Tensor]:
@@ -147,7 +148,7 @@ class Trainer:
         """Whether a checkpoint is, after that many seconds of training."""
         if self.config.checkpointing_steps:
             return self.state.step % self.config.checkpointing_steps == 0
-        return seconds - self._saved_at >= 60 * self.config.checkpointing_minutes
+        return seconds - self._saved_at >= max(60 * self.config.checkpointing_minutes, REST * self._held_up)
 
     def save_grid(self) -> Path | None:
         """A picture of plain samples beside those guided by the student, in output_dir/samples."""
@@ -204,7 +205,9 @@ class Trainer:
 
     def _checkpoint(self, final: bool = False) -> None:
         if self.writer:
+            before = self.state.beside["checkpoints"]
             self.writer.save(final)
+            self._held_up = self.state.beside["checkpoints"] - before
 
     def _truncate_log(self) -> None:
         """Drop the lines that the resumed run will write again."""

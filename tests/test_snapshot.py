@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import threading
 from dataclasses import replace
@@ -11,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_trainer import SHORT, assert_same_state
 
 from commands import QUICK, call
 from selfnpo import checkpoint, snapshot
 from selfnpo.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_tensors
 from selfnpo.config import TrainConfig
+from selfnpo.errors import UserError
 from selfnpo.trainer import Trainer
 
 BY_MINUTES = replace(SHORT, checkpointing_steps=0)
@@ -186,6 +188,19 @@ def test_a_full_disk_ends_the_run_in_one_sentence(demo, tmp_path, monkeypatch, c
     assert not steps or steps[-1] < 400  # it was said when it was known, not in the end
 
 
+def test_a_full_disk_leaves_the_checkpoint_before(demo, tmp_path, monkeypatch):
+    trainer = trainer_of(demo, tmp_path, replace(SHORT, checkpoints_total_limit=1))
+    trainer.train_step()
+    trainer._checkpoint()
+    trainer.writer.wait()
+    monkeypatch.setattr(checkpoint, "write_tensors", no_space)
+    trainer.train_step()
+    trainer._checkpoint()
+    with pytest.raises(UserError, match="checkpoint-2 could not be written: No space left on device"):
+        trainer.writer.wait()
+    assert load_checkpoint(tmp_path / "checkpoint-1")[1]["step"] == 1
+
+
 def test_a_full_disk_at_the_last_checkpoint_is_said_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "write_tensors", no_space)
     assert call("train", *QUICK, "--output_dir", tmp_path / "out") == 2
@@ -209,6 +224,32 @@ def test_by_default_a_checkpoint_is_due_by_minutes_of_training(demo, tmp_path):
     trainer.writer.wait()
     resumed = Trainer(replace(BY_MINUTES, checkpointing_minutes=3, resume_from_checkpoint="latest"), demo, tmp_path)
     assert [resumed._is_due(seconds) for seconds in (100, 279, 281)] == [False, False, True]
+
+
+def test_a_checkpoint_that_holds_training_up_puts_the_next_one_off(demo, tmp_path, monkeypatch):
+    """At the default of ten minutes, one of half a minute."""
+    trainer = trainer_of(demo, tmp_path, BY_MINUTES)
+    monkeypatch.setattr(trainer.writer, "save", lambda final: trainer.state.beside.update(checkpoints=130.0))
+    trainer.state.beside["checkpoints"] = 100.0
+    trainer._checkpoint()
+    assert [trainer._is_due(seconds) for seconds in (601, 1499, 1501)] == [False, False, True]
+
+
+def test_a_checkpoint_of_an_older_version_is_resumed(demo, tmp_path):
+    """One of safetensors' own `save_file`, which did not count what is beside the steps."""
+    straight = trainer_of(demo, tmp_path)
+    straight.run()
+    shutil.rmtree(tmp_path / "checkpoint-12")
+    folder = tmp_path / "checkpoint-8"
+    tensors, scalars = load_checkpoint(folder)
+    save_file(tensors, folder / "state.safetensors")
+    scalars["sha256"] = hashlib.sha256((folder / "state.safetensors").read_bytes()).hexdigest()
+    del scalars["beside"]
+    (folder / "state.json").write_text(json.dumps(scalars))
+    resumed = Trainer(replace(SHORT, resume_from_checkpoint="latest"), demo, tmp_path)
+    assert resumed.state.step == 8
+    resumed.run()
+    assert_same_state(straight, resumed)
 
 
 STAGES = [

@@ -165,7 +165,7 @@ def test_how_far_the_weights_have_moved_is_told_every_hundred_steps_and_where_it
 
     def told(name, **changes):
         trainer, _ = train(replace(SHORT, **changes), demo, tmp_path / name)
-        assert (moved := log_of(tmp_path / name)[-1]["relative_delta"]) == trainer.state.relative_delta()
+        assert (moved := log_of(tmp_path / name)[-1]["relative_delta"]) == trainer.state.student.relative_delta()
         assert f"moved={moved:.2%}" in capsys.readouterr().err.splitlines()[-1]
         return [row["step"] for row in log_of(tmp_path / name) if row["relative_delta"] is not None]
 
