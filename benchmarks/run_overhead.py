@@ -27,7 +27,7 @@ from selfnpo.trainer import DELTA_STEPS, REST, Trainer
 
 STEPS = 1000
 SMALL = {} if ON_GPU else {"train_batch_size": 1, "resolution": 64, "pool_size": 1, "num_inference_steps": 2}
-H100_STEP, H100_START = 0.248, 80.0  # seconds, predicted
+H100_FLOPS, H100_START = 64.2e12 / 0.248, 80.0  # per second, of full weights' steps, and seconds; predicted
 PCIE, DISK, SHA256 = 25e9, 2e9, 1.7e9  # bytes per second, assumed; of SHA-256 on a core of 3.5 GHz
 VAE_FLOPS = 50e12  # per second, in float32, assumed
 
@@ -113,8 +113,8 @@ def rows_of(rank: int, seconds: dict[str, float], size: dict[str, int]) -> list[
     config, flops = workload.config, count_flops(workload.config, workload.source)
     work, (sampling, decoding) = step_flops(config, flops, evaluations(config)), picture_flops(config, flops.forward)
     peak = EFFICIENCY * matmul_peak(DEVICE, torch.bfloat16)
-    here, there = STEPS * (seconds["step"] if ON_GPU else work / peak), STEPS * H100_STEP + H100_START
-    pictures = sampling / (work / H100_STEP) + decoding / VAE_FLOPS
+    here, steps_there = STEPS * (seconds["step"] if ON_GPU else work / peak), STEPS * work / H100_FLOPS
+    there, pictures = steps_there + H100_START, sampling / H100_FLOPS + decoding / VAE_FLOPS
     # Beside the last checkpoint the negative is written, to the same disk, and pictures are made.
     negative = size["negative"] / DISK
     written = max(size["checkpoint"] / SHA256, size["checkpoint"] / DISK + negative)
@@ -142,7 +142,7 @@ def rows_of(rank: int, seconds: dict[str, float], size: dict[str, int]) -> list[
     log, delta, state = seconds["log"], size["delta"], size["checkpoint"]
     add("a row of the log", 0, log, STEPS / config.logging_steps, log, STEPS / config.logging_steps)
     add("relative_delta", delta, seconds["delta"], looks, delta / PCIE or seconds["delta"], looks)
-    add("a checkpoint, copied", state, seconds["copied"], due * is_copied, state / PCIE, STEPS * H100_STEP // every)
+    add("a checkpoint, copied", state, seconds["copied"], due * is_copied, state / PCIE, steps_there // every)
     if not is_copied:
         add("a checkpoint, without memory for a copy", state, seconds["waiting"], due, 0, 0)
     add("the last checkpoint", state, seconds["last"], 1, max(0, written - negative - pictures), 1)

@@ -106,7 +106,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], go_on: Callable[[], ob
         fetched = flushed = 0
         for _, tensor in ordered:
             go_on()
-            data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            data = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
             for job in jobs:
                 job.result()
             jobs = [hasher.submit(digest.update, data), writer.submit(file.write, data)]
