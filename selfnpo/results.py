@@ -84,7 +84,7 @@ def training_cost(state: TrainState) -> dict[str, Any]:
 
 def beside_steps(state: TrainState) -> str:
     """A line on what held the steps of the run up, in shares of its time."""
-    whole = state.seconds + state.startup_seconds
+    whole = state.seconds + state.startup_seconds + state.beside["pictures"]
     shares = ", ".join(f"{kind} {100 * seconds / whole:.1f} %" for kind, seconds in state.beside.items())
     return f"beside the steps: {shares} of {whole:.0f} s"
 
