@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 RUNS ?= runs
 NATIVE = $(wildcard csrc/*.* csrc/*/*.* tests/kernels/*.cu tests/kernels/cuda_on_cpu/*)
 
-.PHONY: demo test soak evaluate bench budget-run readme-tables lint format env clean
+.PHONY: demo test soak compat evaluate bench budget-run readme-tables lint format env clean
 
 demo: $(VENV)/installed  ## train a negative model for the embedded demo, show and judge what it does
 	$(BIN)/python -m selfnpo.train --output_dir $(RUNS)/demo --overwrite
@@ -19,6 +19,9 @@ test: $(VENV)/installed  ## what CI runs
 soak: $(VENV)/installed  ## the slow checks: variants, and many kills in a row
 	$(BIN)/python -m pytest -q -n auto -m slow
 	SELFNPO_KILLS=20 $(BIN)/python -m pytest -q tests/test_trainer.py -k killed
+
+compat: $(VENV)/installed  ## kernel and step tests under the oldest and the newest torch and Triton (20 GB of disk)
+	$(BIN)/python tests/compat.py $(ROWS)
 
 evaluate: $(VENV)/installed  ## the README's table: every baseline, fresh rollouts, three fine-tunes
 	$(BIN)/python -m selfnpo.evaluate --arms self-npo fresh random early shuffled --output_dir $(RUNS)/evaluation --overwrite

@@ -2,18 +2,29 @@
 
 SD1.5 on a GPU, in minutes; on a CPU its stand-in. What is trained is worth nothing, what it costs is: hours, and energy as
 the GPU's driver counts it. Both go into the results file of this device.
+
+A call that ends early, by --max_seconds or Ctrl-C, leaves a part of the run; further calls at the same commit do the rest.
+The exit code is 0 when the run is whole, 75 while it is not.
 """
 
+import os
+import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks import report, results
-from benchmarks.workloads import DEVICE, evaluations, sd15
+from benchmarks.workloads import evaluations, sd15
 from selfnpo.cli import parse, run
 from selfnpo.config import check
+from selfnpo.errors import UserError
 from selfnpo.meter import EFFICIENCY, count_flops, describe, step_flops
 from selfnpo.results import compute_cost, training_cost
+
+UNFINISHED = 75  # exit code: try again
+# What adds up over the parts of a run.
+ADDED = ("steps, done", "parts, run", "training, s", "start-up, s", "energy, Wh", "predicted training, s")
 
 
 @dataclass(frozen=True)
@@ -27,40 +38,64 @@ class BudgetRun:
     compile: bool = True
     """Compile reference and student."""
     max_train_steps: int = 1000
-    """Optimizer steps."""
+    """Optimizer steps of the whole run."""
+    max_seconds: int = 0
+    """After which this call begins no further step; 0 for no limit."""
     results: Path = results.RESULTS
     """Folder of results files."""
 
 
-def main(options: BudgetRun) -> None:
+def main(options: BudgetRun) -> int:
+    if options.max_seconds < 0:
+        raise UserError(f"max_seconds is {options.max_seconds}; expected 0 or more")
+    limit = threading.Timer(options.max_seconds, os.kill, (os.getpid(), signal.SIGINT))  # which the trainer heeds
+    limit.daemon = True
+    if options.max_seconds:
+        limit.start()
     results.check_folder(options.results)
-    workload = sd15().changed(
-        rollout=options.rollout, rank=options.rank, compile=options.compile, max_train_steps=options.max_train_steps,
-        pool_size=8,
-    )  # fmt: skip
-    config, trainer = check(workload.config), workload.trainer()
-    trainer.run()
-    flops = count_flops(config, workload.source)
-    cost = training_cost(trainer.state) | compute_cost(trainer.state, trainer.meter, flops)
-    print(describe(cost | {"predicted_gpu_hours": None}))  # which would be those of a stand-in
-    hours = cost["gpu_hours" if DEVICE.type == "cuda" else "cpu_hours"]
-    work = options.max_train_steps * step_flops(config, flops, evaluations(config))
-    predicted = work / (EFFICIENCY * cost["matmul_peak_tflops"] * 1e12) / 3600
-    row = {
+    workload = sd15().changed(rollout=options.rollout, rank=options.rank, compile=options.compile, pool_size=8)
+    names = {
         "model": workload.describe(),
         "weights": f"LoRA of rank {options.rank}" if options.rank else "full",
         "run": options.rollout + (", compiled" if options.compile else ""),
         "steps": options.max_train_steps,
-        "run, device-hours": hours,
-        "samples, 1/s": cost["samples_per_second"],
-        "energy, Wh": cost["energy_wh"],
-        "of matmul peak, %": 100 * cost["fraction_of_matmul_peak"],
-        "predicted run, device-hours": predicted,
-        "error of that, %": 100 * (predicted / hours - 1),
     }
-    ceilings = {"matmul FLOP/s": [1e12 * cost["matmul_peak_tflops"]]}
-    path = results.save({"budget": results.table("budget", [row], ceilings)}, options.results)
+    before = unfinished(names, options.results)
+    workload = workload.changed(max_train_steps=options.max_train_steps - before["steps, done"])
+    config, trainer = check(workload.config), workload.trainer()
+    trainer.run()
+    limit.cancel()
+    state, flops = trainer.state, count_flops(config, workload.source)
+    cost = training_cost(state) | compute_cost(state, trainer.meter, flops)
+    print(describe(cost | {"predicted_gpu_hours": None}))  # which would be those of a stand-in
+    peak = 1e12 * cost["matmul_peak_tflops"]
+    predicted = state.step * step_flops(config, flops, evaluations(config)) / (EFFICIENCY * peak)
+    part = dict(zip(ADDED, (state.step, 1, state.seconds, state.startup_seconds, cost["energy_wh"], predicted), strict=True))
+    row = names | whole(before, part, config.total_batch_size)
+    print(f"{row['steps, done']} of {row['steps']} steps are done, in {row['parts, run']} parts")
+    path = results.save({"budget": results.table("budget", [row], {"matmul FLOP/s": [peak]})}, options.results)
     print("results:", path, *report.write(path), sep="\n  ")
+    return 0 if row["steps, done"] == row["steps"] else UNFINISHED
+
+
+def unfinished(names: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What earlier parts of this run add up to; zeros where there are none, or where they are all of it."""
+    for row in results.rows_before("budget", folder):
+        if names.items() <= row.items() and row["steps, done"] < row["steps"]:
+            return {name: row[name] for name in ADDED}
+    return dict.fromkeys(ADDED, 0)
+
+
+def whole(before: dict[str, Any], part: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """The parts before and another one, with what follows from their sums; an energy that one does not know none knows."""
+    row = {name: None if None in (before[name], part[name]) else before[name] + part[name] for name in ADDED}
+    share = row["predicted training, s"] / row["training, s"]
+    return row | {
+        "run, device-hours": (row["training, s"] + row["start-up, s"]) / 3600,
+        "samples, 1/s": row["steps, done"] * batch_size / row["training, s"],
+        "of matmul peak, %": 100 * EFFICIENCY * share,
+        "error of that, %": 100 * (share - 1),
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What benchmarks report: rows of tables, kept in a results file and printed, with pictures, at the end."""
+"""What benchmarks report: rows of tables, saved in a results file as they come; printed, with pictures, at the end."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks import heap, report, results
 from selfnpo.errors import UserError
+
+SAVED = pytest.StashKey[dict[Path, set[str]]]()  # results file -> names of the tables that got rows
 
 
 def pytest_addoption(parser):
@@ -19,6 +21,7 @@ def pytest_configure(config):
         results.check_folder(config.getoption("--results"))
     except UserError as error:
         raise pytest.UsageError(str(error)) from error
+    config.stash[SAVED] = {}
     heap.keep()
 
 
@@ -27,38 +30,31 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem != "bench_ops")
 
 
+def pytest_pyfunc_call(pyfuncitem):
+    """pytest-benchmark's own table says how long every benchmark took."""
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    pyfuncitem.funcargs["benchmark"].pedantic(pyfuncitem.obj, kwargs=arguments, rounds=1)
+    return True
+
+
 @pytest.fixture
-def record(benchmark) -> Callable[..., None]:
-    """record(table, rows, ceilings): see `results.table`."""
+def record(benchmark, pytestconfig) -> Callable[..., None]:
+    """record(table, rows, ceilings): see `results.table`; what is recorded is saved, whatever comes after."""
 
     def add(name: str, rows: list[dict[str, Any]], ceilings: dict[str, float]) -> None:
-        benchmark.extra_info.setdefault("tables", {})[name] = {"rows": rows, "ceilings": ceilings}
+        table = results.table(name, rows, {ceiling: [value] for ceiling, value in ceilings.items()})
+        path = results.save({name: table}, pytestconfig.getoption("--results"))
+        pytestconfig.stash[SAVED].setdefault(path, set()).add(name)
 
     return add
 
 
-def collected(benchmarks: list[Any]) -> dict[str, dict[str, Any]]:
-    """Tables of what several benchmarks recorded."""
-    found: dict[str, dict[str, Any]] = {}
-    for bench in benchmarks:
-        for name, part in bench.extra_info.get("tables", {}).items():
-            whole = found.setdefault(name, {"rows": [], "ceilings": {}})
-            whole["rows"] += part["rows"]
-            for ceiling, value in part["ceilings"].items():
-                whole["ceilings"].setdefault(ceiling, []).append(value)
-    return {name: results.table(name, **parts) for name, parts in found.items()}
-
-
 def pytest_terminal_summary(terminalreporter, config):
-    session = getattr(config, "_benchmarksession", None)
-    tables = collected(session.benchmarks) if session else {}
-    if not tables:
-        return
-    path = results.save(tables, config.getoption("--results"))
-    whole = results.load(path)
-    written = report.write(path)
-    terminalreporter.section("report")
-    terminalreporter.write_line(report.to_markdown(whole | {"tables": {name: whole["tables"][name] for name in tables}}))
-    terminalreporter.write_line(f"results: {path}")
-    for picture in written:
-        terminalreporter.write_line(f"report: {picture}")
+    for path, names in config.stash[SAVED].items():
+        whole = results.load(path)
+        tables = {name: table for name, table in whole["tables"].items() if name in names}
+        terminalreporter.section("report")
+        terminalreporter.write_line(report.to_markdown(whole | {"tables": tables}))
+        terminalreporter.write_line(f"results: {path}")
+        for written in report.write(path):
+            terminalreporter.write_line(f"report: {written}")

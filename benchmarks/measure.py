@@ -3,27 +3,34 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
+from benchmarks.workloads import DoesNotFit
+from selfnpo.capture import Replayed
+from selfnpo.errors import first_line
 from selfnpo.meter import EFFICIENCY, seconds_of
 
 CALLS_PER_GRAPH = 10
 SHORTEST = 2e-3  # seconds; on a CPU shorter calls are timed several at once
-WARM_UPS = 8  # steps of a loop on a GPU: compiled, watched, captured
-WARM_UPS_CPU = 2
-WARM_UP_SECONDS = 15  # after which two will do
+WARM_UPS = {"cuda": 8, "cpu": 2}  # steps; on a GPU they are watched, and captured by the sixth
+WARM_UP_SECONDS = 5  # after the first step, which compiles; then a loop that is not captured is warm enough
 ROUNDS = (3, 50)
 AGAIN = "again"  # an arm that is the last one of the others once more
+
+Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Times:
     quartiles: dict[str, tuple[float, float, float]]  # seconds by arm
-    noise: float  # between the last arm and itself, as a share
+    noise: float  # between an arm and itself, as a share
 
     def median(self, arm: str) -> float:
         return self.quartiles[arm][1]
@@ -47,7 +54,43 @@ def against_peak(work: float, seconds: float, peak: float) -> dict[str, float]:
     }
 
 
-def timer(function: Callable[[], object], device: torch.device) -> Callable[[], float]:
+class Failures:
+    """What went wrong with some of the things that are measured, while the others go on."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    @contextmanager
+    def caught(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except DoesNotFit as error:
+            print(f"skipped {name}: {error}", flush=True)
+        except Exception as error:
+            traceback.print_exc()
+            self.reasons.append(f"{name} failed: {type(error).__name__}: {first_line(error)}")
+            print(self.reasons[-1], flush=True)
+
+    def finish(self) -> None:
+        """When all that could be measured is recorded.
+
+        Raises:
+            RuntimeError: something failed.
+        """
+        if self.reasons:
+            raise RuntimeError("; ".join(self.reasons))
+
+
+def timers(arms: dict[str, Step], device: torch.device, failures: Failures) -> dict[str, Callable[[], float]]:
+    """Of every arm that can run."""
+    found = {}
+    for name, function in arms.items():
+        with failures.caught(name):
+            found[name] = timer(function, device)
+    return found
+
+
+def timer(function: Step, device: torch.device) -> Callable[[], float]:
     """A function that runs `function` a few times and returns seconds per call; on CUDA by events around the replay of a
     graph."""
     if device.type == "cpu":
@@ -64,11 +107,11 @@ def timer(function: Callable[[], object], device: torch.device) -> Callable[[], 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(3):  # compiles, loads, and makes what an optimizer keeps, all of which a graph cannot
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for _ in range(CALLS_PER_GRAPH):
             function()
 
@@ -97,45 +140,82 @@ def in_turns(arms: dict[str, Callable[[], float]], budget: float) -> Times:
         turn += 1
         if turn == 1:
             rounds = _rounds(time.perf_counter() - started, budget)
-    return _times(seconds)
+    quartiles = {name: _quartiles(values) for name, values in seconds.items()}
+    again, last = quartiles.pop(AGAIN)[1], [*quartiles.values()][-1][1]
+    return Times(quartiles, abs(again / last - 1))
+
+
+def uncaptured(step: Step) -> str:
+    """What belongs behind the name of a warm loop that was to replay a graph and does not; empty for all others."""
+    execute = _execute(step)
+    return "" if not isinstance(execute, Replayed) or execute.replay not in (None, execute.step) else " (NOT captured)"
 
 
 def steps(
-    makers: dict[str, Callable[[], Callable[[], object]]],
+    makers: dict[str, Callable[[], Step]],
     device: torch.device,
     budget: float,
-    visit: Callable[[str, Callable[[], object]], object] = lambda name, step: None,
-) -> tuple[Times, Callable[[], object]]:
-    """Times of training steps, each made by its maker and then visited once; and the last of them.
+    visit: Callable[[str, Step], Any] = lambda name, step: uncaptured(step),
+) -> Iterator[tuple[str, Times, Any]]:
+    """Times of training steps, each made by its maker, warmed up and visited: names, times, what the visit returned.
 
-    In turns on a CPU; on a GPU, which the activations of few loops fill, one after the other, the last one twice.
+    In turns on a CPU. On a GPU, which the activations of few loops fill, one after the other, and each is yielded as it
+    ends, with the times of those before it; there the noise is between its odd rounds and its even ones.
+
+    Raises:
+        RuntimeError: in the end, if some could not be measured.
     """
+    failures = Failures()
     if device.type == "cpu":
-        made = {}
+        arms, seen = {}, {}
         for name, make in makers.items():
-            made[name] = _warm(make, WARM_UPS_CPU)
-            visit(name, made[name])
-        return in_turns({name: partial(seconds_of, step, device) for name, step in made.items()}, budget), made[name]
-    seconds: dict[str, list[float]] = {}
-    step = None
-    for name, make in makers.items():
-        del step  # and its memory
-        gc.collect()
-        torch.cuda.empty_cache()
-        step = _warm(make, WARM_UPS)
-        visit(name, step)
-        for arm in (name, AGAIN) if name == [*makers][-1] else (name,):
-            rounds = _rounds(seconds_of(step, device), budget / (len(makers) + 1))
-            seconds[arm] = [seconds_of(step, device) for _ in range(rounds)]
-    return _times(seconds), step
+            with failures.caught(name):
+                step = warm(make(), device)
+                seen[name] = visit(name, step)
+                arms[name] = partial(seconds_of, step, device)
+        times = in_turns(arms, budget) if arms else None
+        yield from ((name, times, seen[name]) for name in arms)
+    else:
+        quartiles: dict[str, tuple[float, float, float]] = {}
+        for name, make in makers.items():
+            release()
+            with failures.caught(name):
+                seconds, found = _alone(name, make, device, budget / len(makers), visit)
+                quartiles[name] = _quartiles(seconds)
+                odd, even = (statistics.median(seconds[start::2]) for start in (0, 1))
+                yield name, Times(dict(quartiles), abs(odd / even - 1)), found
+    failures.finish()
 
 
-def _warm(make: Callable[[], Callable[[], object]], times: int) -> Callable[[], object]:
-    step, started = make(), time.perf_counter()
-    for done in range(times):
-        if done < 2 or time.perf_counter() - started < WARM_UP_SECONDS:
-            step()
+def release() -> None:
+    """The memory of loops that are gone, to whoever asks the GPU for it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _alone(
+    name: str, make: Callable[[], Step], device: torch.device, budget: float, visit: Callable[[str, Step], Any]
+) -> tuple[list[float], Any]:
+    step = warm(make(), device)
+    found = visit(name, step)
+    rounds = _rounds(seconds_of(step, device), budget)
+    return [seconds_of(step, device) for _ in range(rounds)], found
+
+
+def warm(step: Step, device: torch.device) -> Step:
+    """After some calls, in which a loop compiles and is captured, however long these two take."""
+    step()
+    started = time.perf_counter()
+    for done in range(1, WARM_UPS[device.type]):
+        is_waited_for = getattr(_execute(step), "replay", step) is None
+        if done < 2 or is_waited_for or time.perf_counter() - started < WARM_UP_SECONDS:
+            seconds_of(step, device)
     return step
+
+
+def _execute(step: Step) -> Any:
+    """What a trainer's step calls: a `Replayed` where it is to be captured."""
+    return getattr(getattr(getattr(step, "__self__", None), "step", None), "_execute", None)
 
 
 def _rounds(seconds: float, budget: float) -> int:
@@ -143,7 +223,5 @@ def _rounds(seconds: float, budget: float) -> int:
     return min(max(int(budget / seconds), least), most)
 
 
-def _times(seconds: dict[str, list[float]]) -> Times:
-    quartiles = {name: tuple(statistics.quantiles(values, n=4)) for name, values in seconds.items()}
-    again, last = quartiles.pop(AGAIN)[1], [*quartiles.values()][-1][1]
-    return Times(quartiles, abs(again / last - 1))
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    return tuple(statistics.quantiles(values, n=4))

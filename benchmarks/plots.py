@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from benchmarks.tables import label, middle
-from selfnpo.meter import digits
+from selfnpo.meter import EFFICIENCY, digits
 from selfnpo.picture import save_figure
 
 BLUE, GREEN, GRAY, RED = "#3b6fb6", "#3a9a5b", "0.6", "#b6433b"
@@ -37,9 +37,10 @@ def ladder(results: Results, path: Path) -> None:
         times = [row["step, ms"] for row in found]
         for place, (row, before, now) in enumerate(zip(found, [0, *times], times, strict=False)):
             faster = now <= before
+            speed = f", {row['speed, x']:.2f}x" if row["speed, x"] else ""  # none where the first loop could not run
             axis.barh(place, abs(now - before), left=min(now, before), color=GRAY if not place else GREEN if faster else RED)
             change = f"{digits(now)} ms" if not place else f"{'−' if faster else '+'}{digits(abs(now - before), 2)} ms"
-            axis.text(max(now, before), place, f" {change}, {row['speed, x']:.2f}x", va="center", fontsize=9)
+            axis.text(max(now, before), place, f" {change}{speed}", va="center", fontsize=9)
         axis.barh(len(found), times[-1], color=BLUE)
         axis.text(times[-1], len(found), f" {digits(times[-1])} ms", va="center", fontsize=9)
         axis.set_yticks(range(len(found) + 1), [*(row["factor"] for row in found), "what is left"])
@@ -89,7 +90,8 @@ def hours(results: Results, path: Path) -> None:
     device = results["environment"]["device"]
     measured = f"green: MEASURED on {device}" if is_measured else "no model of these sizes was measured here"
     title = (
-        "GPU-hours of a run of 1,000 steps. Gray: PUBLISHED by the paper; hatched: PREDICTED,\nan A800 at 40 % of its peak; "
+        "GPU-hours of a run of 1,000 steps. Gray: PUBLISHED by the paper; hatched: PREDICTED,\n"
+        f"an A800 at {100 * EFFICIENCY:.0f} % of its peak; "
     )
     figure.suptitle(title + measured, fontsize=10)
     figure.supxlabel(f"FLOPs counted from configurations; {caption(results, 'hours')}", fontsize=9, color="0.35")

@@ -4,14 +4,17 @@
     tables        name -> title, legend, source, measured_at, columns (name, unit, kind), rows, ceilings
 
 A row is a list with one value per column; a time is given by its quartiles. A later run of the day replaces the
-rows that it measures again.
+rows that it measures again. A copy without git is told its commit by SELFNPO_COMMIT: a hash, and -changed behind it where
+the working tree differs.
 """
 
 import json
+import os
 import re
 import subprocess
 import tempfile
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from selfnpo.env import cpu_name, describe
 from selfnpo.errors import UserError, first_line
 
 RESULTS = Path(__file__).parent / "results"
-UNKNOWN = "unknown"
+UNKNOWN, CHANGED = "unknown", "-changed"
 
 
 def device() -> str:
@@ -39,12 +42,18 @@ def git(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else UNKNOWN
 
 
+@cache
+def checkout() -> tuple[str, list[str]]:
+    """Commit and changed files when this process first asked: what is committed later is not what it measures."""
+    changed = git("status", "--porcelain", "--untracked-files=no", ":!benchmarks/results")
+    return git("rev-parse", "HEAD"), changed.splitlines()
+
+
 def environment() -> dict[str, Any]:
-    found = describe() | {
-        "device": device(),
-        "commit": git("rev-parse", "HEAD"),
-        "changed files": git("status", "--porcelain", "--untracked-files=no", ":!benchmarks/results").splitlines(),
-    }
+    commit, changed = checkout()
+    if told := os.environ.get("SELFNPO_COMMIT"):
+        commit, changed = told.removesuffix(CHANGED), ["unknown ones"] if told.endswith(CHANGED) else []
+    found = describe() | {"device": device(), "commit": commit, "changed files": changed}
     return found | (_clocks() if torch.cuda.is_available() else {})
 
 
@@ -93,6 +102,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         UserError: results cannot be written there.
     """
+    checkout()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -100,12 +110,24 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"--results {folder} cannot be written: {error.strerror or error}; choose another folder") from error
 
 
+def _path(folder: Path, about: dict[str, Any], day: str) -> Path:
+    commit = about["commit"][:7] + (CHANGED if about["changed files"] else "")
+    slug = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+    return folder / slug / f"{day}-{commit}.json"
+
+
+def rows_before(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """Of a table in the newest file of this device and commit, by the labels of their columns."""
+    pattern = _path(folder, environment(), "[0-9]" * 4 + "-*")
+    files = sorted(pattern.parent.glob(pattern.name))
+    found = load(files[-1])["tables"].get(name) if files else None
+    return [dict(zip(map(label, found["columns"]), row, strict=True)) for row in found["rows"]] if found else []
+
+
 def save(tables: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Write tables to the file of this device, day and commit; returns its path."""
     about = environment()
-    commit = about["commit"][:7] + ("-changed" if about["changed files"] else "")
-    slug = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
-    path = folder / slug / f"{datetime.now(timezone.utc):%Y-%m-%d}-{commit}.json"
+    path = _path(folder, about, f"{datetime.now(timezone.utc):%Y-%m-%d}")
     known = load(path)["tables"] if path.exists() else {}
     merged = known | {name: _joined(known.get(name), new) for name, new in tables.items()}
     ordered = {name: merged[name] for name in TABLES if name in merged}
@@ -121,7 +143,8 @@ def _joined(known: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]
     now = {key(new, row): row for row in new["rows"]}
     rows = [now.pop(key(known, row), row) for row in known["rows"]] + [*now.values()]
     names = {*known["ceilings"], *new["ceilings"]}
-    ceilings = {name: known["ceilings"].get(name, []) + new["ceilings"].get(name, []) for name in sorted(names)}
+    both = {name: known["ceilings"].get(name, []) + new["ceilings"].get(name, []) for name in sorted(names)}
+    ceilings = {name: [*dict.fromkeys(values)] for name, values in both.items()}  # rows share what was measured once
     return new | {"rows": rows, "ceilings": ceilings}
 
 

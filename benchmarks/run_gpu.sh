@@ -1,18 +1,48 @@
 #!/usr/bin/env bash
-# Builds, tests and measures this checkout on one GPU: most important first, without a network. A call ends within nine
-# minutes; what it did not come to is done by calling it again.
+# Builds, tests and measures this checkout on one GPU: most important first, without a network. A call ends within ten
+# minutes; what it did not come to is done by calling it again. docs/benchmarks.md has the commands to copy.
 #
-#   benchmarks/run_gpu.sh [--dry-run] [OUT]
+#   benchmarks/run_gpu.sh [--dry-run] [OUT [PART...]]
 #
-# OUT, by default runs/gpu, gets a log for every part, JUnit files, summary.json, and results with their report. A part that
-# passes leaves OUT/<part>.done and is skipped the next time: after a change of code, take another OUT. A part that fails or
-# outlasts its limit does not stop the later ones. Exit code: 0 if all parts passed, 1 if not, 2 for a mistake in the call.
+# OUT, by default runs, gets two files, both written anew after every part: gpu.tgz with logs, results and reports, and
+# summary.json. A part that passes is skipped the next time, until the commit changes. One that fails or outlasts its limit
+# does not stop the later ones, and the end of its log is printed. PART...: only these, and what builds.
+# Exit code: 0 if all parts passed, 1 if not, 2 for a mistake in the call.
 #
 # --dry-run needs no GPU: nothing is built, and tests and benchmarks are collected but not run.
-# PYTHON is the interpreter, by default python3; it needs what pyproject.toml names, and pytest and pytest-benchmark.
+#
+# PYTHON          the interpreter, by default python3; it needs what pyproject.toml names, pytest, pytest-benchmark and
+#                 pytest-xdist
+# WHEELS          a folder of wheels to install first, for this script alone
+# WORK            the working folder, by default runs/gpu
+# EARLIER         a gpu.tgz to go on from, where WORK is new
+# SELFNPO_COMMIT  what is measured, where git does not know it; see benchmarks/results.py
 set -u
 
-readonly TOTAL=535 # seconds; every part has a limit of its own too
+# part        expected  limit, in seconds; expected on an H100, by estimate. A part begins where half of it is left.
+readonly PARTS='
+wheels              10     60
+build               40     75
+env                 10     40
+warm                90    200
+tests              110    140
+ladder             250    320
+ops                 85    110
+budget             330    540
+hours-sd15          60    120
+guidance            30     60
+tandem              90    200
+scaling             80    150
+hours-sdxl         150    300
+hours-video        150    300
+kernels-all        300    540
+'
+readonly TOTAL=545  # seconds, of all parts
+readonly GRACE=15   # for a part to save what it has after an interrupt
+readonly STORING=40 # of its time, for a whole run to report
+
+# of NAME FIELD: 1 the name, 2 expected, 3 limit
+of() { awk -v name="$1" -v field="$2" '$1 == name { print $field }' <<<"$PARTS"; }
 
 mistake() {
     echo "error: $1" >&2
@@ -21,107 +51,146 @@ mistake() {
 
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 DRY_RUN=false
-OUT=
+words=()
 for argument in "$@"; do
     case $argument in
     --dry-run) DRY_RUN=true ;;
-    -*) mistake "the option $argument is unknown; expected benchmarks/run_gpu.sh [--dry-run] [OUT]" ;;
-    *)
-        if [[ -n $OUT ]]; then mistake "two folders are given, $OUT and $argument; expected one"; fi
-        OUT=$argument
-        ;;
+    -*) mistake "the option $argument is unknown; expected benchmarks/run_gpu.sh [--dry-run] [OUT [PART...]]" ;;
+    *) words+=("$argument") ;;
     esac
+done
+OUT=${words[0]:-$ROOT/runs}
+wanted=" wheels build ${words[*]:1} "
+for name in "${words[@]:1}"; do
+    if [[ -z $(of "$name" 1) ]]; then mistake "there is no part $name; expected $(awk '{ print $1 }' <<<"$PARTS" | xargs)"; fi
 done
 PYTHON=$("${PYTHON:-python3}" -c 'import sys; print(sys.executable)') || mistake "PYTHON is no interpreter; set it to one"
 if ! $DRY_RUN && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     mistake "torch finds no GPU here; pass --dry-run to prove paths and options alone"
 fi
-OUT=${OUT:-$ROOT/runs/gpu}
-if ! mkdir -p "$OUT"; then mistake "OUT is $OUT, which cannot be made; expected a folder"; fi
+if [[ -n ${WHEELS:-} ]] && ! compgen -G "$WHEELS/*.whl" >/dev/null; then mistake "WHEELS is $WHEELS, which has no wheels"; fi
+WORK=${WORK:-$ROOT/runs/gpu}
+for folder in "$OUT" "$WORK"; do
+    if ! mkdir -p "$folder"; then mistake "$folder cannot be made; expected a folder"; fi
+done
 OUT=$(cd "$OUT" && pwd)
+WORK=$(cd "$WORK" && pwd)
+if [[ -n ${EARLIER:-} && -z $(ls -A "$WORK") ]] && ! tar xzf "$EARLIER" -C "$WORK" --strip-components=1; then
+    mistake "EARLIER is $EARLIER, which cannot be unpacked; expected a gpu.tgz"
+fi
+WHEELS=${WHEELS:+$(cd "${WHEELS:-.}" && pwd)}
 cd "$ROOT" || exit 2
 
-COMMIT=unknown
-CHANGED=null
-if git rev-parse HEAD >/dev/null 2>&1; then
-    COMMIT=$(git rev-parse HEAD)
-    CHANGED=$(git status --porcelain |
-        "$PYTHON" -c 'import json, sys; print(json.dumps([line[3:] for line in sys.stdin.read().splitlines()]))')
-fi
+COMMIT=${SELFNPO_COMMIT:-$(git describe --always --abbrev=40 --exclude='*' --dirty=-changed 2>/dev/null || echo unknown)}
+export CI=true # so that pytest cuts no reason short
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONPATH="$WORK/site${PYTHONPATH:+:$PYTHONPATH}"
 rows=()
 failures=0
 
 # What is known so far, should the machine be taken away.
-write_summary() {
+save() {
     local IFS=,
-    printf '{"commit": "%s", "changed_files": %s, "dry_run": %s, "seconds": %d, "parts": [%s]}\n' \
-        "$COMMIT" "$CHANGED" "$DRY_RUN" "$SECONDS" "${rows[*]}" >"$OUT/summary.json"
+    printf '{"commit": "%s", "dry_run": %s, "seconds": %d, "parts": [%s]}\n' \
+        "$COMMIT" "$DRY_RUN" "$SECONDS" "${rows[*]}" >"$OUT/summary.json"
+    # Without what belongs to this machine. Code 1: a part in the background wrote to its log meanwhile.
+    tar czf "$OUT/.gpu.tgz" -C "$WORK/.." --warning=no-file-changed --exclude='*.tgz' --exclude=site --exclude=warm \
+        --exclude={wheels,build,env}.done "${WORK##*/}"
+    if (($? < 2)); then mv "$OUT/.gpu.tgz" "$OUT/gpu.tgz"; fi
 }
 
-# part NAME LIMIT COMMAND...: the limit in seconds.
-part() {
-    local name=$1 limit=$2 started=$SECONDS left=$((TOTAL - SECONDS)) outcome seconds row
-    local mark=$OUT/$name.done log=$OUT/$name.log
-    shift 2
-    if grep -qs "\"dry_run\": $DRY_RUN" "$mark"; then
-        rows+=("$(<"$mark")")
-        printf '%-14s    - s  passed before\n' "$name"
-        write_summary
-        return
-    fi
-    if ((left <= 0)); then
-        outcome="not started"
-    else
-        # An interrupt, which lets pytest write what it has.
-        timeout --signal=INT --kill-after=5 $((limit < left ? limit : left)) "$@" >"$log" 2>&1 </dev/null
-        case $? in
-        0) outcome=passed ;;
-        124 | 137) outcome="timed out" ;;
-        *) outcome=failed ;;
-        esac
-    fi
-    seconds=$((SECONDS - started))
+# What may be spent on part NAME.
+allowed() {
+    local limit left=$((TOTAL - SECONDS))
+    limit=$(of "$1" 3)
+    echo $((limit < left ? limit : left))
+}
+
+is_wanted() { [[ ${#words[@]} -lt 2 || $wanted == *" $1 "* ]]; }
+is_done() { grep -qsF "\"commit\": \"$COMMIT\", \"dry_run\": $DRY_RUN" "$WORK/$1.done"; }
+
+# within SECONDS NAME COMMAND...: into the part's log, with an interrupt at the end, which lets it write what it has.
+within() { timeout --signal=INT --kill-after="$GRACE" "$1" "${@:3}" >"$WORK/$2.log" 2>&1 </dev/null; }
+
+# ended NAME SECONDS CODE
+ended() {
+    local row outcome lines=15
+    case $3 in
+    0) outcome=passed ;;
+    75) outcome=unfinished ;; # of a whole run: the next call does the rest
+    124 | 137) outcome="timed out" ;;
+    none) outcome="not started" ;;
+    *) outcome=failed ;;
+    esac
     printf -v row '{"part": "%s", "seconds": %d, "outcome": "%s", "commit": "%s", "dry_run": %s}' \
-        "$name" "$seconds" "$outcome" "$COMMIT" "$DRY_RUN"
+        "$1" "$2" "$outcome" "$COMMIT" "$DRY_RUN"
     rows+=("$row")
+    printf '%-12s %4d s  %s\n' "$1" "$2" "$outcome"
     if [[ $outcome == passed ]]; then
-        echo "$row" >"$mark"
-        printf '%-14s %4d s  passed\n' "$name" "$seconds"
+        echo "$row" >"$WORK/$1.done"
     else
         failures=$((failures + 1))
-        printf '%-14s %4d s  %s, see %s\n' "$name" "$seconds" "$outcome" "$log"
+        case $1 in tests | ladder) lines=60 ;; esac
+        if [[ $3 != none ]]; then tail -n "$lines" "$WORK/$1.log" | sed 's/^/    /'; fi
     fi
-    write_summary
+    save
 }
 
-run_pytest=("$PYTHON" -m pytest -q)
+# part NAME COMMAND...
+part() {
+    local started=$SECONDS code=0
+    if ! is_wanted "$1"; then return; fi
+    if is_done "$1"; then
+        rows+=("$(<"$WORK/$1.done")")
+        printf '%-12s    - s  passed before\n' "$1"
+    elif ((2 * (TOTAL - SECONDS) < $(of "$1" 2))); then
+        ended "$1" 0 none
+    else
+        within "$(allowed "$1")" "$@" || code=$?
+        ended "$1" $((SECONDS - started)) "$code"
+    fi
+}
+
+pytest=("$PYTHON" -m pytest -q)
+wheels=("$PYTHON" -m pip install --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$WORK/site")
 build=("$PYTHON" -m pip install --no-build-isolation --no-deps -e .)
-budget=("$PYTHON" -m benchmarks.budget_run "--results=$OUT/results")
+budget=("$PYTHON" -m benchmarks.budget_run)
 if $DRY_RUN; then
-    run_pytest+=(--collect-only)
+    pytest+=(--collect-only)
+    wheels=(ls)
     build=("$PYTHON" -c 'import selfnpo_kernels._C')
-    budget=("$PYTHON" -m benchmarks.budget_run --help)
+    budget+=(--help)
 fi
-export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+# NAME ARGUMENTS... of tests, NAME FILE ARGUMENTS... of benchmarks
+test_part() { part "$1" "${pytest[@]}" -n 8 "--junitxml=$WORK/$1.xml" "${@:2}"; }
+bench_part() { part "$1" "${pytest[@]}" -s -rs --benchmark-only "benchmarks/$2.py" "--results=$WORK/results" "${@:3}"; }
 
-# NAME LIMIT ARGUMENTS... of tests, NAME LIMIT FILE ARGUMENTS... of benchmarks
-test_part() { part "$1" "$2" "${run_pytest[@]}" "--junitxml=$OUT/$1.xml" "${@:3}"; }
-bench_part() { part "$1" "$2" "${run_pytest[@]}" --benchmark-only "benchmarks/$3.py" "--results=$OUT/results" "${@:4}"; }
+if [[ -n $WHEELS ]]; then part wheels "${wheels[@]}" "$WHEELS"/*.whl; fi
+part build "${build[@]}"
+part env "$PYTHON" -m selfnpo.env
+if command -v nvidia-smi >/dev/null; then timeout 20 nvidia-smi -q >"$WORK/nvidia-smi.txt" 2>&1; fi
+warming=
+if is_wanted warm && ! is_done tests; then # a few compiled steps fill Inductor's cache while the tests run
+    warm_started=$SECONDS
+    within "$(of warm 3)" warm "${budget[@]}" --max_train_steps 12 "--results=$WORK/warm" &
+    warming=$!
+fi
+test_part tests -m gpu tests/kernels tests/gpu
+if [[ -n $warming ]]; then
+    code=0
+    wait "$warming" || code=$?
+    ended warm $((SECONDS - warm_started)) "$code"
+fi
+bench_part ladder bench_ladder
+bench_part ops bench_ops
+part budget "${budget[@]}" "--max_seconds=$(($(allowed budget) - STORING))" "--results=$WORK/results"
+bench_part hours-sd15 bench_hours -k SD1.5
+bench_part guidance bench_guidance
+bench_part tandem bench_tandem
+bench_part scaling bench_scaling
+bench_part hours-sdxl bench_hours -k SDXL
+bench_part hours-video bench_hours -k CogVideoX
+test_part kernels-all tests/kernels # with the time that the others left
 
-part build 60 "${build[@]}"
-part env 20 "$PYTHON" -m selfnpo.env
-if command -v nvidia-smi >/dev/null; then timeout 20 nvidia-smi -q >"$OUT/nvidia-smi.txt" 2>&1; fi
-test_part kernels 80 -m gpu tests/kernels
-test_part steps 100 -m gpu tests/gpu
-bench_part ladder 240 bench_ladder
-bench_part ops 60 bench_ops
-bench_part hours-sd15 120 bench_hours -k SD1.5
-part budget 400 "${budget[@]}"
-bench_part guidance 60 bench_guidance
-bench_part tandem 200 bench_tandem
-bench_part scaling 150 bench_scaling
-bench_part hours-sdxl 300 bench_hours -k SDXL
-bench_part hours-video 400 bench_hours -k CogVideoX
-test_part kernels-all "$TOTAL" tests/kernels # with the time that the others left
-
+save
+echo "results: $OUT/gpu.tgz"
 exit $((failures > 0))

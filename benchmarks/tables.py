@@ -7,7 +7,7 @@ published (by the paper). In Markdown what is predicted stands in italics.
 from dataclasses import dataclass
 from typing import Any
 
-from selfnpo.meter import digits
+from selfnpo.meter import EFFICIENCY, digits
 
 MEASURED, COUNTED, PREDICTED, PUBLISHED = "measured", "counted", "predicted", "published"
 KINDS = (MEASURED, COUNTED, PREDICTED, PUBLISHED)
@@ -40,6 +40,7 @@ STEP = Column("step", "ms", MEASURED)
 ERROR = Column("error of that", "%", PREDICTED)
 PREDICTED_STEP = (Column("predicted step", "ms", PREDICTED), ERROR)
 NOISE = Column("noise", "%", MEASURED)  # between one of the row's functions and itself
+ASSUMED = f"Predicted: counted FLOPs at {100 * EFFICIENCY:.0f} % of"
 OF_PEAK = Column("of matmul peak", "%", MEASURED)
 
 
@@ -53,7 +54,7 @@ TABLES = {
         "Each row adds its factor to those above it; x: samples per second as multiples of the first row, which is "
         "`benchmarks/released_loop.py`. Launches are kernels and graphs on a GPU, operators and compiled loops on a CPU; "
         "host reads are values that Python asks tensors for; memory is what a loop holds and, on top, allocates within a "
-        "step. Predicted: counted FLOPs at 40 % of the matmul peak that was measured beside it.",
+        f"step. {ASSUMED} the matmul peak that was measured beside it.",
         _bench("ladder"),
         (
             *_names("model", "factor"),
@@ -69,7 +70,7 @@ TABLES = {
     "hours": Table(
         "GPU-hours of the paper's runs",
         "1,000 steps. Evaluations of the reference per sample: as released 12; K = 5 without those that have no weight or "
-        "come after the end 5.4; full simulation 25; pool 1. Predicted: counted FLOPs at 40 % of the data sheet's dense "
+        f"come after the end 5.4; full simulation 25; pool 1. {ASSUMED} the data sheet's dense "
         "bf16 peak (A800 312, H100 990 TFLOP/s). Published: by the paper, on A800s, but 384 on A100s.",
         _bench("hours"),
         (
@@ -148,14 +149,17 @@ TABLES = {
     ),
     "budget": Table(
         "A whole run",
-        "Random weights and prompts; the hours hold compilation and the filling of the pool. Energy as the GPU's driver "
-        "counts it.",
+        "Random weights and prompts. Training is the time of the steps that were done; start-up is what precedes the first: "
+        "compilation, measurements, filling the pool. Hours are both. Where there are several parts the run was measured in "
+        "as many calls, each with a start-up of its own, and their times and energy are added. Energy as the GPU's driver "
+        f"counts it. {ASSUMED} the matmul peak that was measured beside it.",
         "make budget-run",
         (
             *_names("model", "weights", "run", "steps"),
-            *_measured(("run", "device-hours"), ("samples", "1/s"), ("energy", "Wh")),
+            *_measured(("steps", "done"), ("parts", "run"), ("training", "s"), ("start-up", "s"), ("run", "device-hours")),
+            *_measured(("samples", "1/s"), ("energy", "Wh")),
             OF_PEAK,
-            Column("predicted run", "device-hours", PREDICTED),
+            Column("predicted training", "s", PREDICTED),
             ERROR,
         ),
     ),

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks import published
 from selfnpo.config import TrainConfig, preset_config
+from selfnpo.errors import UserError
+from selfnpo.memory import free_memory, memory_plan
 from selfnpo.models import Conditions, ModelOptions, PretrainedModel, SampleOptions, Source, default_device
 from selfnpo.rollout import DataRollout, Reference
 from selfnpo.schedule import make_grid
@@ -26,17 +28,33 @@ PRECISION, DTYPE = ("bf16", torch.bfloat16) if ON_GPU else ("no", torch.float32)
 PROMPTS = 16
 
 
+class DoesNotFit(UserError):
+    """More memory is needed than there is."""
+
+
 @dataclass(frozen=True)
 class Workload:
     name: str
     source: Source
     config: TrainConfig
+    channels_last: bool = False  # also where nothing is compiled
 
     def describe(self) -> str:
         return f"{self.name}, batch {self.config.train_batch_size}"
 
     def changed(self, **changes: Any) -> "Workload":
         return replace(self, config=replace(self.config, **changes))
+
+    def check_fits(self, processes: int = 1) -> None:
+        """
+        Raises:
+            DoesNotFit: that many runs at once do not.
+        """
+        needed = processes * memory_plan(self.config, self.source, PROMPTS, DEVICE).total
+        free = free_memory(DEVICE)
+        if needed > free:
+            what = self.describe() + (f", in {processes} processes" if processes > 1 else "")
+            raise DoesNotFit(f"{what}: got {free / 2**30:.1f} GiB of free memory, needed {needed / 2**30:.1f} by the plan")
 
     def trainer(self) -> Trainer:
         """Of a fresh copy of the model."""
@@ -50,7 +68,8 @@ class Workload:
         with DEVICE:
             model = family.denoiser_class.from_config(config)
         home = (DEVICE, DTYPE) if self.config.rank else ("cpu", torch.float32)
-        model = nn.Module.to(model, *home).eval().requires_grad_(False)  # diffusers' own warns
+        layout = torch.channels_last if self.channels_last else None
+        model = nn.Module.to(model, *home, memory_format=layout).eval().requires_grad_(False)  # diffusers' own warns
         shape = family.sample_shape(config, self.source.scale, self.config)
         shapes = family.condition_shapes(config).items()
         rows = {name: torch.randn(PROMPTS + 1, *row, device=DEVICE, dtype=DTYPE) for name, row in shapes}
@@ -73,6 +92,12 @@ def data_rollout(config: TrainConfig, base: PretrainedModel) -> DataRollout:
 
 
 def train_step(workload: Workload) -> Callable[[], object]:
+    """Of a fresh loop.
+
+    Raises:
+        DoesNotFit: there is no room for it.
+    """
+    workload.check_fits()
     return workload.trainer().train_step
 
 

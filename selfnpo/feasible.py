@@ -63,8 +63,10 @@ def check_feasible(config: TrainConfig, device: torch.device) -> None:
             get_cpp_compiler()
         elif triton_failure():
             raise ImportError(triton_failure())
+        elif torch.cuda.get_device_capability(device)[0] < 7:
+            raise RuntimeError(f"{torch.cuda.get_device_name(device)} is older than sm_70")
     except Exception as error:  # Inductor's own kinds
-        needed = "a C++ compiler" if device.type == "cpu" else "Triton"
+        needed = "a C++ compiler" if device.type == "cpu" else "Triton on a GPU of sm_70 or later"
         raise UserError(
             f"compile is on, which needs {needed}: {first_line(error)}; install it or leave --compile out"
         ) from error

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from selfnpo.attention import choose_attention, describe, spare_single_keys
 from selfnpo.capture import Replayed
 from selfnpo.env import device_name
+from selfnpo.errors import UserError
 from selfnpo.feasible import capture_obstacle, strategies
 from selfnpo.meter import seconds_of
 from selfnpo.objective import Jumped, TruncatedObjective
@@ -18,6 +19,8 @@ from selfnpo.rollout import Truncated
 from selfnpo.schedule import make_grid, make_schedule
 from selfnpo.state import TrainState
 from selfnpo.tandem import Tandem, choose
+
+COMPILED_ERROR = 0.05  # share of the gradients; rounding in bfloat16 stays under 0.01
 
 
 class TrainingStep:
@@ -62,14 +65,17 @@ class TrainingStep:
         if state.step == 0:  # before anything is compiled, for batches of all sizes come up
             state.reference_evaluations += state.rollout.fill(state.student.reference)
         if config.compile:
+            plain = self._gradient_norms()
             state.student.compile(static=config.rollout == "pool")
             self.objective.compile()
             state.rollout.compile()
             first, again = (seconds_of(lambda: self._probe(self.tandem), device) for _ in range(2))
             print(f"compiled in {first - again:.1f} s")
+            check_compiled(plain, self._gradient_norms())
         arms = {name: Tandem(state.student, self.reference, name) for name in self._strategies()}
         probes = {name: partial(self._probe, arm) for name, arm in arms.items()}
         state.strategy = choose(probes, self._key, device)
+        state.optimizer.zero_grad()  # what a probe left that could not run
         self.tandem = arms[state.strategy]
         self._execute = self._step
         if device.type == "cuda" and config.capture != "off":
@@ -79,6 +85,12 @@ class TrainingStep:
             else:
                 self._execute = Replayed(self._step, state.optimizer.zero_grad)
         state.startup_seconds += time.perf_counter() - started
+
+    def release(self) -> None:
+        """Give back the memory that a captured graph reserves; a further step would be prepared anew."""
+        self._execute = None
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _strategies(self) -> list[str]:
         config, possible = self.config, strategies(self.config, self.base.device)
@@ -97,6 +109,19 @@ class TrainingStep:
 
     def _probe(self, tandem: Tandem) -> tuple[Tensor, ...]:
         """Forward and backward passes of one micro-batch, which leave no trace."""
+        loss = self._backward(tandem)
+        self.state.optimizer.zero_grad()
+        return (loss,)
+
+    def _gradient_norms(self) -> Tensor:
+        """Of every trained tensor, after the passes of a probe."""
+        self._backward(self.tandem)
+        found = [weight.grad for weight in self.state.student.trainable.values()]
+        norms = [torch.zeros((), device=self.base.device) if grad is None else grad.float().norm() for grad in found]
+        self.state.optimizer.zero_grad()
+        return torch.stack(norms)
+
+    def _backward(self, tandem: Tandem) -> Tensor:
         size, base = self.config.train_batch_size, self.base
         position, condition = (torch.zeros(size, dtype=torch.int64, device=base.books) for _ in range(2))
         sample = torch.ones(size, *base.sample_shape, device=base.device)
@@ -105,8 +130,7 @@ class TrainingStep:
         with self._evaluated(tandem, batch, slice(None), jumped, []) as (target, model_output):
             loss = self.objective.loss(jumped, model_output, target)
             loss.backward()
-        self.state.optimizer.zero_grad()
-        return (loss.detach(),)
+        return loss.detach()
 
     @torch.no_grad()
     def _one_sample(self, network: nn.Module) -> Tensor:
@@ -146,9 +170,26 @@ class TrainingStep:
         if batch.target is not None:
             with student.training():
                 asked = jumped.sample, jumped.timesteps, jumped.condition
-                yield batch.target[part], self.base.predict(student.student, *asked)
+                yield batch.target[part], self.base.predict(student.model, *asked)
             return
         with tandem(batch, part, jumped) as (outputs, model_output):
             prev_sample, target = self.reference.move_on(batch.sample[part], batch.position[part], outputs)
             moved.append(prev_sample)
             yield target, model_output
+
+
+def check_compiled(plain: Tensor, compiled: Tensor) -> None:
+    """Compilers have bugs that no loss shows: the gradients of compiled networks must be those of the plain ones.
+
+    Args:
+        plain, compiled: the norm of every trained tensor's gradient, without and with torch.compile.
+
+    Raises:
+        UserError: they differ by more than rounding does.
+    """
+    difference = ((compiled - plain).norm() / plain.norm()).item()
+    if not difference <= COMPILED_ERROR:
+        raise UserError(
+            f"compile is on, but torch {torch.__version__} compiles this model wrongly here: its gradients differ by "
+            f"{difference:.0%} from those of the plain model; leave --compile out"
+        )

@@ -11,7 +11,7 @@ Averaging adapters averages their factors.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Protocol
@@ -34,14 +34,13 @@ RECOMPILE_LIMIT = 128  # shapes of a model's blocks, twice: with gradients and w
 class Student(Protocol):
     """What the trainer asks for."""
 
-    model: nn.Module  # predicts as the student does, at any time
+    model: nn.Module  # predicts as the student does
+    reference: nn.Module
     trainable: dict[str, nn.Parameter]
     lows: dict[str, Tensor]  # the low halves of `trainable`; empty where it is float32
     averaged: dict[str, Tensor]  # the reference's own weights, under the names of the student's; empty where it is frozen
     averaged_lows: dict[str, Tensor]
     is_averaged_here: bool  # beside the student and in its layout, so that one pass updates both
-    student: nn.Module | Callable  # `model`, and the reference, as they are called in training
-    reference: nn.Module | Callable
 
     def compile(self, static: bool) -> None: ...  # whether all batches have one size
 
@@ -160,11 +159,11 @@ class FullWeights:
         if offloaded:
             reference.to("cpu")
             reference.enable_group_offload(onload_device=base.device, offload_type="leaf_level")
-        self.student, self.reference = self.model, reference
+        self.reference = reference
 
     def compile(self, static: bool) -> None:
-        family = self.base.family
-        self.student, self.reference = (compiled(each, family, static) for each in (self.student, self.reference))
+        for network in self.networks():
+            compile_blocks(network, self.base.family, static)
 
     def networks(self) -> list[ModelMixin]:
         return [self.model, self.reference]
@@ -223,13 +222,12 @@ class LowRank:
             self.lows, self.averaged_lows = (split_(own, own.values()) for own in (self.trainable, self.averaged))
         checkpoint_gradients(config, self.weights)
         self.layers = lora_layers(self.weights)
-        self.called: nn.Module | Callable = self.weights
         self.active: str | None = None
-        self.model = self.student = _Adapted(self, STUDENT)
+        self.model = _Adapted(self, STUDENT)
         self.reference = _Adapted(self, REFERENCE if self.averaged else None)
 
     def compile(self, static: bool) -> None:
-        self.called = compiled(self.weights, self.family, static)
+        compile_blocks(self.weights, self.family, static)
 
     def networks(self) -> list[ModelMixin]:
         return [self.weights]
@@ -300,7 +298,7 @@ class _Adapted(nn.Module):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor]:
         (student,) = self._student
         with student.using(self._adapter):
-            return student.called(*args, **kwargs)
+            return student.weights(*args, **kwargs)
 
 
 def converted(model: ModelMixin, device: torch.device, dtype: torch.dtype) -> ModelMixin:
@@ -313,17 +311,16 @@ def converted(model: ModelMixin, device: torch.device, dtype: torch.dtype) -> Mo
     return copy.deepcopy(model, {id(tensor): copied(tensor) for tensor in (*model.parameters(), *model.buffers())})
 
 
-def compiled(model: ModelMixin, family: Family, static: bool) -> ModelMixin:
-    """`model` under torch.compile: on a GPU only the blocks that repeat, one by one, which takes a fraction of the time.
-    What lies between them costs launches, which a captured graph does not have."""
-    dynamic = False if static else None
-    if model.device.type == "cpu":
-        return torch.compile(model, dynamic=dynamic)
+def compile_blocks(model: ModelMixin, family: Family, static: bool) -> None:
+    """Compile the blocks of `model` that repeat, one by one, which takes a fraction of the time of the whole.
+
+    What lies between them costs launches, which a captured graph does not have. The whole would also be wrong: torch 2.13's
+    Inductor loses the gradient of a UNet's upsampling on a CPU.
+    """
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for module in model.modules():
         if type(module).__name__ in family.repeated_blocks:
-            module.compile(dynamic=dynamic)
-    return model
+            module.compile(dynamic=False if static else None)
 
 
 def _norm(tensor: Tensor) -> Tensor:

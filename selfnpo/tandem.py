@@ -21,6 +21,7 @@ from torch import Tensor
 from selfnpo.adapters import REFERENCE, STUDENT
 from selfnpo.capture import capture, on_stream
 from selfnpo.checkpoint import write_text
+from selfnpo.errors import first_line
 from selfnpo.joint import joint, pair
 from selfnpo.meter import seconds_of
 from selfnpo.objective import Jumped
@@ -52,7 +53,7 @@ class Tandem:
         outputs = self._evaluate(*asked) if self.side is None else on_stream_of(self.side, lambda: self._evaluate(*asked))
         with self.student.training():
             base = self.reference.base
-            model_output = base.predict(self.student.student, jumped.sample, jumped.timesteps, jumped.condition)
+            model_output = base.predict(self.student.model, jumped.sample, jumped.timesteps, jumped.condition)
             if self.side is not None:
                 torch.cuda.current_stream().wait_stream(self.side)
             yield outputs, model_output
@@ -95,7 +96,11 @@ def choose(
     key = describe()
     known = _read_cache()
     if known.get(key, {}).get("strategy") not in probes:
-        milliseconds = _measure(probes, device)
+        milliseconds, failed = _measure(probes, device)
+        for name, reason in failed.items():
+            say(f"reference and student: {name} cannot run here: {reason}")
+        if "sequential" not in milliseconds or len(milliseconds) == 1:
+            return "sequential"  # not remembered: another day there may be more memory
         best = min(milliseconds, key=milliseconds.get)
         if milliseconds[best] > (1 - GAIN) * milliseconds["sequential"]:
             best = "sequential"
@@ -107,20 +112,27 @@ def choose(
     return chosen["strategy"]
 
 
-def _measure(probes: dict[str, Callable[[], tuple[Tensor, ...]]], device: torch.device) -> dict[str, float]:
-    """Median milliseconds, in turns; on a GPU those of replayed graphs."""
+def _measure(
+    probes: dict[str, Callable[[], tuple[Tensor, ...]]], device: torch.device
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Median milliseconds, in turns, on a GPU of replayed graphs; and why those that are not among them could not run."""
+    failed = {}
     if device.type == "cuda":
-        stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        for probe in probes.values():
-            on_stream(stream, probe)
-        probes = {name: capture(probe, pool, stream) for name, probe in probes.items()}
+        stream, pool, captured = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), {}
+        for name, probe in probes.items():
+            try:
+                on_stream(stream, probe)
+                captured[name] = capture(probe, pool, stream)
+            except RuntimeError as error:  # out of memory is one too
+                failed[name] = first_line(error)
+        probes = captured
     seconds: dict[str, list[float]] = {name: [] for name in probes}
     for turn in range(ROUNDS + 1):
         for name, probe in probes.items():
             taken = seconds_of(probe, device)
             if turn:
                 seconds[name].append(taken)
-    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}, failed
 
 
 def _cache_file() -> Path:

@@ -62,8 +62,9 @@ class Trainer:
         data: TrainData | None = None,
     ):
         self.config, self.base, self.output_dir = config, base, output_dir
-        if config.allow_tf32:
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        if base.device.type == "cuda":
+            torch.cuda.set_device(base.device)  # streams and graphs are made on the current GPU
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         self.state = TrainState.start(config, base, rollout or make_rollout(config, base, data))
         self.step = TrainingStep(self.state)
         self.meter = Meter(base.device)

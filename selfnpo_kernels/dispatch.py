@@ -2,8 +2,10 @@
 
     device      backend
     CPU         cpp, the compiled extension
-    CUDA        triton (the optimizer: cpp, whose extension holds a CUDA kernel)
+    CUDA        triton (the optimizer: cpp, whose extension holds a CUDA kernel), from sm_80 on
     any other   reference, plain PyTorch; so does float64 everywhere
+
+Where a backend cannot run (an older GPU or Triton, an extension built without CUDA), the reference does, with a warning.
 
 `SELFNPO_BACKEND=reference|cpp|triton` or `with backend(name)` forces one for the whole process; one that cannot run raises
 and says why. Under `TRITON_INTERPRET=1` the triton backend also takes CPU tensors, slowly: that is for tests.
@@ -80,8 +82,10 @@ def _obstacle(op: str, name: str, tensor: Tensor, cuda: str) -> str | None:
     if cuda != "triton":
         return "it has no Triton kernel; use cpp or reference"
     if triton_failure():
-        return f"Triton does not import ({triton_failure()})"
-    if device == "cuda" or (device == "cpu" and _interpreting()):
+        return triton_failure()
+    if device == "cuda":
+        return _age(tensor.device)
+    if device == "cpu" and _interpreting():
         return None
     return f"it runs on CUDA devices, the tensor is on {tensor.device} (TRITON_INTERPRET=1 runs its interpreter on the CPU)"
 
@@ -89,19 +93,32 @@ def _obstacle(op: str, name: str, tensor: Tensor, cuda: str) -> str | None:
 def _cuda_obstacle(device: torch.device) -> str | None:
     if not extension._C.cuda_architectures:
         return f"the extension is {extension.describe()}"
+    return _age(device)
+
+
+def _age(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"the extension's CUDA kernels need sm_80 or later, this GPU is sm_{major}{minor}"
-    return None
+    return None if major >= 8 else f"the kernels need a GPU of sm_80 or later, this one is sm_{major}{minor}"
+
+
+# What the kernels take from triton.language beyond its oldest names, and the oldest release that they are tested with.
+TRITON_NAMES = ("add", "cast", "div_rn", "join", "sqrt_rn", "static_range")
+TRITON_FLOOR = (3, 6)
 
 
 @cache
 def triton_failure() -> str | None:
-    """Why Triton cannot be imported, or None."""
+    """Why Triton cannot run the kernels, or None."""
     try:
-        import triton  # noqa: F401
+        import triton
+        import triton.language as tl
     except ImportError as error:
-        return str(error)
+        return f"Triton does not import ({error})"
+    missing = [f"triton.language.{name}" for name in TRITON_NAMES if not hasattr(tl, name)]
+    if missing:
+        return f"Triton {triton.__version__} has no {missing[0]}; install one that is tested, pip install 'triton>=3.6'"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < TRITON_FLOOR:
+        return f"Triton {triton.__version__} is too old; pip install 'triton>=3.6'"
     return None
 
 

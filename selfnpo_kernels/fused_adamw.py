@@ -21,7 +21,7 @@ from torch import Tensor
 
 from selfnpo_kernels import extension, reference
 from selfnpo_kernels.dispatch import choose
-from selfnpo_kernels.operands import memory_format
+from selfnpo_kernels.operands import memory_format, same_order
 
 
 def fused_adamw_(
@@ -86,7 +86,7 @@ def _check(lists: dict[str, list[Tensor]], scalars: dict[str, Tensor | None]) ->
         raise ValueError(f"fused_adamw_ got grads of {grad}; expected float32, bfloat16 or float16")
     if bool(lists["ema_lows"]) != (split and bool(lists["emas"])):
         raise ValueError("fused_adamw_ got averages in another layout than params; expected ema_lows exactly where lows is")
-    shapes, strides = [param.shape for param in params], [param.stride() for param in params]
+    shapes = [param.shape for param in params]
     for name, tensors in lists.items():
         if name in ("lows", "emas", "ema_lows") and not tensors:
             continue
@@ -99,9 +99,12 @@ def _check(lists: dict[str, list[Tensor]], scalars: dict[str, Tensor | None]) ->
             pairs = zip(found, expected, strict=True)
             got, wanted = next((_kind(*got), _kind(*wanted)) for got, wanted in pairs if got != wanted)
             raise ValueError(f"fused_adamw_ got one of {name} as {got}; expected {wanted}")
-        for got, expected in zip([tensor.stride() for tensor in tensors], strides, strict=True):
-            if got != expected and name != "grads":
-                raise ValueError(f"fused_adamw_ got {name} stored unlike its parameter: {got}, {expected}")
+        for tensor, param in zip(tensors, params, strict=True):
+            if name != "grads" and not same_order(tensor, param):
+                raise ValueError(
+                    f"fused_adamw_ got one of {name} with strides {tensor.stride()} for a parameter {tuple(param.shape)} "
+                    f"with strides {param.stride()}; expected one memory order, as torch.empty_like(param) has it"
+                )
     for param in params:
         if not param.is_contiguous() and not param.is_contiguous(memory_format=memory_format(param)):
             raise ValueError(
@@ -146,7 +149,7 @@ def _fused_adamw_(
         return
     # Gradients may be stored in another order than their parameters; everything else is updated where it lies.
     grads = [
-        grad if grad.stride() == param.stride() else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+        grad if same_order(grad, param) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
         for param, grad in zip(params, grads, strict=True)
     ]
     columns = [params, lows, grads, exp_avgs, exp_avg_sqs, emas, ema_lows]

@@ -89,6 +89,17 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def same_order(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape lie in memory in the same order.
+
+    The stride of a dimension with one entry is never used, and PyTorch's ops set it differently: the weights of a 1x1
+    convolution in channels-last order, in bfloat16, have other strides than their int16 remainder.
+    """
+    if one.stride() == other.stride() or not one.numel():
+        return True
+    return all(a == b for size, a, b in zip(one.shape, one.stride(), other.stride(), strict=True) if size > 1)
+
+
 def dense(tensor: Tensor | None, order: torch.memory_format) -> Tensor | None:
     """The tensor itself where a kernel can read it in this order, else a copy."""
     if tensor is None:

@@ -13,7 +13,7 @@ def losses_on_a_fixed_batch(trainer: Trainer, steps: int) -> list[float]:
     jumped = trainer.step.objective.jump(batch, 0)
     for _ in range(steps):
         with student.training():
-            output = trainer.base.predict(student.student, jumped.sample, jumped.timesteps, jumped.condition)
+            output = trainer.base.predict(student.model, jumped.sample, jumped.timesteps, jumped.condition)
             loss = trainer.step.objective.loss(jumped, output, batch.target)
             loss.backward()
         trainer.state.optimizer.step()

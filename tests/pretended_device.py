@@ -90,6 +90,7 @@ def pretended_device():
             patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor),
             patch("torch.cuda._lazy_init"),
             patch("torch.cuda.empty_cache"),
+            patch("torch.cuda.set_device"),
             patch("torch.cuda.mem_get_info", lambda device: (1 << 40, 1 << 40)),
         ):
             yield CUDA

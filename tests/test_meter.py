@@ -223,8 +223,9 @@ def test_cost_of_compute(device, hours):
     }  # fmt: skip
 
 
-def test_predictions_assume_40_percent_of_peak():
-    hours = predicted(0.4 * 990e12 * 3600)
+def test_predictions_assume_the_record():
+    assert meter.EFFICIENCY == round(307 / 990, 2) == 0.31
+    hours = predicted(0.31 * 990e12 * 3600)
     assert hours == {"A100": pytest.approx(990 / 312), "H100": pytest.approx(1), "H200": pytest.approx(1)}
 
 
@@ -248,7 +249,7 @@ def test_the_closing_lines_without_a_gpu():
     lines = described(CPU, 72, 0.2, 1 / 3, samples_per_second=8996.0, predicted_gpu_hours=hours)
     assert lines.splitlines() == [
         "0.02 CPU-hours, 9000 samples/s, 200 GFLOP/s (60 % of the matmul peak measured in this run)",
-        "predicted at 40 % of peak: 0.0317 GPU-hours on an A100, 0.01 GPU-hours on an H100, 0.36 GPU-seconds on an H200",
+        "predicted at 31 % of peak: 0.0317 GPU-hours on an A100, 0.01 GPU-hours on an H100, 0.36 GPU-seconds on an H200",
     ]
 
 

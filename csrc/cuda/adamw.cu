@@ -171,8 +171,8 @@ std::string fused_adamw_cuda(const std::vector<AdamWTensor>& tensors, int grad_d
             table.first_block[table.count++] = static_cast<int32_t>(blocks);
             blocks += more;
         }
-        if (table.count == 0) return "a parameter is too large for one launch";
-        if (blocks == 0) continue;
+        if (table.count == 0) error = cudaErrorInvalidConfiguration;  // one parameter needs more blocks than a grid has
+        if (error != cudaSuccess || blocks == 0) continue;
         AdamWSettings by_value = settings;
         void* arguments[] = {&table, &by_value, &step, &lr, &grad_scale};
         error = cudaLaunchKernel(choose(grad_dtype, tensors.front().low != nullptr), dim3(static_cast<unsigned>(blocks)),

@@ -121,7 +121,7 @@ def _match(weight: nn.Parameter, own: Tensor, device: torch.device) -> None:
     """As `own` in all that compiled code looks at, so that it takes either."""
     data = weight.data.to(device, own.dtype)
     if data.stride() != own.stride():
-        data = torch.empty_like(own, device=device).copy_(data)
+        data = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device=device).copy_(data)
     weight.data = data
     weight.requires_grad_(own.requires_grad)
 

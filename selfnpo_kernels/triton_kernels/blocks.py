@@ -1,5 +1,10 @@
 """What the kernels share: which elements a program handles, and terms whose zero coefficient removes their operand."""
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,6 +21,17 @@ def grid(batch: int, elements: int, block: int = BLOCK) -> tuple[tuple[int], int
 def value_and_pointer(value: float | int | Tensor, absent: Tensor) -> tuple[float | int, Tensor, bool]:
     """Arguments for a scalar that may lie in device memory: (value, pointer, whether the pointer counts)."""
     return (0, value, True) if isinstance(value, Tensor) else (value, absent, False)
+
+
+def on_its_device(launch: Callable) -> Callable:
+    """Triton launches on the current GPU, wherever the tensors are: make it that of the first one."""
+
+    @wraps(launch)
+    def launched(*args: Any) -> Any:
+        with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
+            return launch(*args)
+
+    return launched
 
 
 @triton.jit

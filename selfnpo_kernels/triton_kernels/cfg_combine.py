@@ -3,7 +3,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from selfnpo_kernels.triton_kernels.blocks import BLOCK, grid, locate, value_and_pointer
+from selfnpo_kernels.triton_kernels.blocks import BLOCK, grid, locate, on_its_device, value_and_pointer
 
 SEGMENTS = 256  # at most, per sample: partial moments that one program adds up
 
@@ -61,7 +61,7 @@ def cfg_combine_kernel(
         segment = tl.arange(0, SEGMENTS)
         part = moments + (index * segments + segment) * 4
         valid = segment < segments
-        count = elements.to(tl.float32)
+        count = tl.cast(elements, tl.float32)
         p1, p2 = tl.sum(tl.load(part, mask=valid, other=0.0)), tl.sum(tl.load(part + 1, mask=valid, other=0.0))
         g1, g2 = tl.sum(tl.load(part + 2, mask=valid, other=0.0)), tl.sum(tl.load(part + 3, mask=valid, other=0.0))
         ratio = tl.sqrt_rn(tl.div_rn(p2 - p1 * p1 / count, g2 - g1 * g1 / count))
@@ -69,6 +69,7 @@ def cfg_combine_kernel(
     tl.store(out + base + offset, g, mask=mask)
 
 
+@on_its_device
 def launch(out: Tensor, model_output: Tensor, scale: float | Tensor, rescale: float) -> None:
     """One launch; with rescaling two, because every element of a sample counts for each of them."""
     scale, scale_pointer, has_pointer = value_and_pointer(scale, out)

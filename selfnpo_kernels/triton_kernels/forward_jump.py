@@ -3,7 +3,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from selfnpo_kernels.triton_kernels.blocks import grid, term, value_and_pointer
+from selfnpo_kernels.triton_kernels.blocks import grid, on_its_device, term, value_and_pointer
 
 COUNTERS = 256  # per program, four elements each
 
@@ -46,7 +46,7 @@ def sin_cos(angle):
 def box_muller(word0, word1):
     uniform = word0.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10  # 2^-32, 2^-33
     angle = word1.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09  # pi 2^-31
-    radius = tl.sqrt(-2.0 * log_positive(uniform))
+    radius = tl.sqrt_rn(-2.0 * log_positive(uniform))
     sine, cosine = sin_cos(angle)
     return radius * cosine, radius * sine
 
@@ -55,13 +55,13 @@ def box_muller(word0, word1):
 def philox_4x32(c0, seed, step, site, sample_id):
     """Four words per counter; `c0` is a uint32 block, the rest scalars of any integer type.
 
-    `tl.philox` draws the same words, but multiplies twice where one product of 64 bits holds both halves.
+    Triton's own `philox` draws the same words, but multiplies twice where one product of 64 bits holds both halves.
     """
-    seed = tl.to_tensor(seed).to(tl.uint64)
+    seed = tl.cast(seed, tl.uint64)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    c1 = tl.zeros_like(c0) + tl.to_tensor(step).to(tl.uint32)
-    c2 = tl.zeros_like(c0) + tl.to_tensor(site).to(tl.uint32)
-    c3 = tl.zeros_like(c0) + sample_id.to(tl.uint32)
+    c1 = tl.zeros_like(c0) + tl.cast(step, tl.uint32)
+    c2 = tl.zeros_like(c0) + tl.cast(site, tl.uint32)
+    c3 = tl.zeros_like(c0) + tl.cast(sample_id, tl.uint32)
     for _ in tl.static_range(10):
         product0 = c0.to(tl.uint64) * 0xD2511F53
         product1 = c2.to(tl.uint64) * 0xCD9E8D57
@@ -82,7 +82,7 @@ def forward_jump_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     index = (program // blocks).to(tl.int64)
-    elements = channels.to(tl.int64) * positions
+    elements = tl.cast(channels, tl.int64) * positions
     first = (program % blocks).to(tl.int64) * COUNTERS
     lane = tl.arange(0, COUNTERS)
     within = tl.arange(0, 4)
@@ -117,6 +117,7 @@ def forward_jump_kernel(
     tl.store(out + base + offset, z, mask=mask)
 
 
+@on_its_device
 def launch(
     out: Tensor,
     sample: Tensor | None,

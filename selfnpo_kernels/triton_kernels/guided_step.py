@@ -2,7 +2,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from selfnpo_kernels.triton_kernels.blocks import BLOCK, grid, locate, term, value_and_pointer
+from selfnpo_kernels.triton_kernels.blocks import BLOCK, grid, locate, on_its_device, term, value_and_pointer
 
 
 @triton.jit
@@ -26,6 +26,7 @@ def guided_step_kernel(
         tl.store(prev_sample + base + offset, prev, mask=mask)
 
 
+@on_its_device
 def launch(
     prev_sample: Tensor | None,
     pred_original_sample: Tensor,

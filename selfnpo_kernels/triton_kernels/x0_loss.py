@@ -3,7 +3,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from selfnpo_kernels.triton_kernels.blocks import BLOCK, grid, locate, term
+from selfnpo_kernels.triton_kernels.blocks import BLOCK, grid, locate, on_its_device, term
 
 
 @triton.jit
@@ -43,6 +43,7 @@ def x0_loss_backward_kernel(
     tl.store(out + base + offset, term(coefficient, slope), mask=mask)
 
 
+@on_its_device
 def launch(
     sample: Tensor, model_output: Tensor, target: Tensor, rows: Tensor, row_stride: int, kind: str, huber_c: float
 ) -> Tensor:
@@ -57,6 +58,7 @@ def launch(
     return partials.sum()
 
 
+@on_its_device
 def launch_backward(
     out: Tensor,
     grad: Tensor,

@@ -64,6 +64,12 @@ def test_accumulated_gradients_are_captured(begin, trained, rank):
     assert_same_run(begin, trained, "stable_diffusion", rank=rank, mixed_precision="bf16", gradient_accumulation_steps=2)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_checkpointed_gradients_are_captured(begin, trained, compile):
+    changes = {"mixed_precision": "bf16", "gradient_checkpointing": True, "compile": compile}
+    assert_same_run(begin, trained, "stable_diffusion", rank=0, **changes)
+
+
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("model", MODELS)
 def test_parallel_branches_are_the_sequence(trained, model, rank):

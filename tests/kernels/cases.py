@@ -55,7 +55,9 @@ OPS = {
         lib.forward_jump(t.sample, t.rows[:, 2:], t.seed, t.step, t.ids, SITE)
     ],
     "cfg_combine": lambda lib, t: [lib.cfg_combine(t.batched, SCALE)],
-    "cfg_combine, rescaled": lambda lib, t: [lib.cfg_combine(t.batched, t.scale, 0.7)],
+    "cfg_combine, scale on device": lambda lib, t: [lib.cfg_combine(t.batched, t.scale)],
+    "cfg_combine, rescaled": lambda lib, t: [lib.cfg_combine(t.batched, SCALE, 0.7)],
+    "cfg_combine, rescaled, scale on device": lambda lib, t: [lib.cfg_combine(t.batched, t.scale, 0.7)],
     "x0_loss, l2": lambda lib, t: [lib.x0_loss(t.cond, t.sample, t.target, t.rows[:, :3])],
     "x0_loss, huber": lambda lib, t: [lib.x0_loss(t.cond, t.sample, t.target, t.rows[:, :3], "huber", 0.1)],
     "gradient, l2": lambda lib, t: _loss_gradients(lib, t, "l2"),

@@ -121,6 +121,22 @@ def test_weights_stored_in_any_dense_order(device):
     assert results[0].equal(results[1])
 
 
+def test_strides_of_dimensions_with_one_entry_do_not_count(device):
+    """A 1x1 convolution's halves in channels-last order have such strides: (3, 1, 3, 3) beside (3, 1, 1, 1)."""
+    results = []
+    for stored in (False, True):
+        values = torch.linspace(-1, 1, 12, device=device).reshape(4, 3, 1, 1)
+        high, low = split_weights(values)
+        if stored:
+            high = high.as_strided((4, 3, 1, 1), (3, 1, 3, 3))
+        first, second = (torch.zeros(4, 3, 1, 1, device=device) for _ in range(2))
+        grad = (values * 2).as_strided((4, 3, 1, 1), (3, 1, 7, 5))
+        step, lr = torch.tensor(1, device=device), torch.tensor(0.1, device=device)
+        fused_adamw_([high], [grad], [first], [second], step=step, lr=lr, lows=[low])
+        results.append(join_weights(high, low))
+    assert results[0].equal(results[1])
+
+
 def test_nothing_to_do():
     fused_adamw_([], [], [], [], step=torch.tensor(1), lr=torch.tensor(0.1))
 

@@ -1,11 +1,16 @@
 """Which backend runs, and what is said where it cannot."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from cases import inputs
 
 from selfnpo_kernels import backend, dispatch, extension, forward_jump, reference, tweedie
@@ -70,12 +75,50 @@ def test_forcing_what_cannot_run_says_why(monkeypatch):
     with backend("triton"):
         with pytest.raises(RuntimeError, match="it runs on CUDA devices, the tensor is on meta"):
             dispatch.choose("tweedie", torch.zeros(1, device="meta"))
-        monkeypatch.setattr(dispatch, "triton_failure", lambda: "No module named 'triton'")
-        with pytest.raises(RuntimeError, match="Triton does not import"):
+        monkeypatch.setattr(dispatch, "triton_failure", lambda: "Triton is too old")
+        with pytest.raises(RuntimeError, match="'triton': Triton is too old"):
             call()
     monkeypatch.setattr(extension, "_C", None)
     with backend("cpp"), pytest.raises(RuntimeError, match="the extension is not available"):
         call()
+
+
+def test_a_triton_that_cannot_run_the_kernels_is_named(monkeypatch):
+    failure = dispatch.triton_failure.__wrapped__
+    assert failure() is None
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    assert failure() == "Triton 3.5.1 is too old; pip install 'triton>=3.6'"
+    monkeypatch.delattr(tl, "cast")
+    assert failure().startswith("Triton 3.5.1 has no triton.language.cast; install one that is tested")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert failure().startswith("Triton does not import (")
+
+
+def test_every_name_that_the_kernels_take_from_triton_is_checked():
+    folder = Path(dispatch.__file__).parent / "triton_kernels"
+    used = {name for path in folder.glob("*.py") for name in re.findall(r"\btl\.(\w+)", path.read_text())}
+    oldest = {
+        "arange", "constexpr", "float32", "int32", "int64", "load", "program_id", "reshape", "store", "sum", "uint32",
+        "uint64", "where", "zeros", "zeros_like",
+    }  # fmt: skip
+    assert used - oldest == set(dispatch.TRITON_NAMES)
+
+
+def test_what_stands_in_the_way_on_a_gpu(monkeypatch):
+    """An older GPU and an extension without CUDA: the reference, and a warning that says why."""
+    there = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
+    capability = [7, 5]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
+    for cuda in ("triton", "cpp"):
+        monkeypatch.setattr(extension, "_C", SimpleNamespace(cuda_architectures="80", compiler="c++"))
+        with pytest.warns(RuntimeWarning, match=r"reference: the kernels need a GPU of sm_80 or later, this one is sm_75"):
+            assert dispatch.choose("op", there, cuda=cuda) == "reference"
+    capability[:] = [8, 0]
+    assert dispatch.choose("op", there) == "triton"
+    assert dispatch.choose("op", there, cuda="cpp") == "cpp"
+    monkeypatch.setattr(extension, "_C", SimpleNamespace(cuda_architectures="", compiler="c++"))
+    with pytest.warns(RuntimeWarning, match=r"reference: the extension is built by c\+\+, no CUDA: built without nvcc"):
+        assert dispatch.choose("op", there, cuda="cpp") == "reference"
 
 
 def test_without_interpreter_triton_needs_a_gpu():

@@ -79,7 +79,10 @@ def adamw(**change):
         ({"params": [torch.zeros(3, 4).bfloat16()]}, "params as torch.bfloat16.*expected torch.float32"),
         ({"lows": [torch.zeros(3, 4).short()]}, "params as torch.float32.*expected torch.bfloat16"),
         ({"emas": [torch.zeros(3, 4)], "ema_lows": [torch.zeros(3, 4).short()]}, "ema_lows exactly where lows is"),
-        ({"exp_avgs": [torch.zeros(4, 3).T]}, "exp_avgs stored unlike its parameter"),
+        (
+            {"exp_avgs": [torch.zeros(4, 3).T]},
+            r"one of exp_avgs with strides \(1, 3\) for a parameter \(3, 4\) with strides \(4, 1\)",
+        ),
         (
             {name: [torch.zeros(3, 1).expand(3, 4)] for name in ("params", "exp_avgs", "exp_avg_sqs")},
             "row-major or channels last",

@@ -39,7 +39,7 @@ class Case:
         """Outputs of the reference with `adapter` and of the student, in two passes."""
         with torch.no_grad(), self.student.using(adapter):
             reference = self.call(self.student.weights, self.at_t)
-        return reference, self.call(self.student.student, self.at_s)
+        return reference, self.call(self.student.model, self.at_s)
 
     def together(self, adapter: str | None) -> Pair:
         with joint(self.student.layers.values(), STUDENT, adapter):
@@ -140,7 +140,7 @@ def test_its_backward_pass_is_the_students_alone(case, family):
         return  # whose rotary embeddings are no rows of a batch
     with one.student.training():
         batch = tree_map(lambda *halves: torch.cat(halves), one.at_t, one.at_s)
-        half = one.call(one.student.student, batch).chunk(2)[1]
+        half = one.call(one.student.model, batch).chunk(2)[1]
         _, naive = flops(lambda: one.gradients(half))
     assert naive == 2 * backward
 

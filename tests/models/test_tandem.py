@@ -1,7 +1,9 @@
 """How reference and student share a step: what is possible, what is chosen, and that nothing else changes."""
 
 import json
+import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -57,7 +59,7 @@ def arms(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def make(**milliseconds):
-        monkeypatch.setattr(tandem, "_measure", lambda probes, device: {name: milliseconds[name] for name in probes})
+        monkeypatch.setattr(tandem, "_measure", lambda probes, device: ({name: milliseconds[name] for name in probes}, {}))
         return dict.fromkeys(milliseconds, lambda: ())
 
     return make
@@ -82,6 +84,27 @@ def test_a_choice_is_remembered_for_what_it_depends_on(arms, tmp_path):
     file.write_text("{ not json")
     assert tandem.choose(slower, lambda: "here", CPU) == "sequential"
     assert tandem.choose({"sequential": None}, None, CPU) == "sequential"  # nothing to measure, and nothing asked
+
+
+@pytest.mark.parametrize("failing", ["sequential", "streams", "shared"])
+def test_a_strategy_that_cannot_be_captured_is_left_out(monkeypatch, tmp_path, failing):
+    """Out of memory, say; with graphs that are pretended, of which `shared` is the fastest."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(tandem, "on_stream", lambda stream, probe: probe())
+
+    def capture(probe, pool, stream):
+        if probe() == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+        return lambda: time.sleep({"shared": 0.0, "streams": 0.002, "sequential": 0.004}[probe()])
+
+    monkeypatch.setattr(tandem, "capture", capture)
+    probes, said = {name: partial(str, name) for name in ("sequential", "streams", "shared")}, []
+    chosen = tandem.choose(probes, lambda: "here", CUDA, said.append)
+    assert chosen == {"sequential": "sequential", "streams": "shared", "shared": "streams"}[failing]
+    assert said[0] == f"reference and student: {failing} cannot run here: CUDA out of memory. Tried to allocate"
 
 
 def test_measured_on_this_machine_and_kept_by_a_resumed_run(models, tmp_path, capsys, monkeypatch):

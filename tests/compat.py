@@ -1,0 +1,111 @@
+"""python tests/compat.py [ROW ...]: the kernel and step tests under the oldest and the newest supported torch and Triton.
+
+Every row gets an environment of its own under .compat/ (several GB each, for these are CUDA builds). The results go to
+docs/compatibility.md. Exit code 1 where a row fails.
+"""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "compatibility.md"
+TESTS = [
+    "tests/kernels", "tests/models/test_whole_step.py", "tests/models/test_capture.py", "tests/models/test_economy.py",
+    "tests/models/test_training.py",
+]  # fmt: skip
+OLDEST = "oldest"
+# What a row fixes; the rest comes from constraints.txt, and for the oldest row from the floors in pyproject.toml.
+ROWS = {
+    OLDEST: [],
+    "2.11": ["torch==2.11.0", "triton==3.6.0"],
+    "2.13": ["torch==2.13.0", "triton==3.7.1"],
+    "newest": ["torch==2.14.1"],
+}
+SHOWN = ["torch", "triton", "diffusers", "transformers", "accelerate", "peft"]
+
+
+def requirements(row: str) -> list[str]:
+    """What pyproject.toml asks for, in the versions of a row, for pip."""
+    names, found = {pin.split("==")[0] for pin in ROWS[row]}, [*ROWS[row]]
+    for line in importlib.metadata.requires("selfnpo"):
+        package, _, marker = (part.strip() for part in line.partition(";"))
+        if row == OLDEST and "extra" not in marker:
+            package = package.replace(">=", "==")
+        if re.match(r"[\w-]+", package)[0] not in names and ("extra" not in marker or "dev" in marker):
+            found.append(package)
+    return found
+
+
+def environment(row: str) -> Path:
+    """Its interpreter, with everything installed."""
+    folder = ROOT / ".compat" / row
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = folder / "bin" / "python"
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+        if row != OLDEST:
+            lines = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
+            constraints.writelines(line for line in lines if not line.startswith(("torch=", "triton=")))
+            constraints.flush()
+        command = [python, "-m", "pip", "install", "--quiet", "--constraint", constraints.name, *requirements(row)]
+        subprocess.run(command, check=True)
+    return python
+
+
+def tested(row: str) -> dict[str, str]:
+    """The cells of a row of the table."""
+    python, started = environment(row), time.time()
+    command = [python, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *TESTS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    print(done.stdout[-3000:], flush=True)
+    outcome = re.search(r"^(?:=* )?(\d+ (?:passed|failed).*?)(?: in [\d.]+s.*)?$", done.stdout, re.MULTILINE)
+    code = f"import importlib.metadata as m; print(*map(m.version, {SHOWN}))"
+    versions = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    result = re.sub(r", \d+ warnings?", "", outcome[1]) if outcome else "did not run"
+    cells = dict(zip(SHOWN, versions, strict=True))
+    return {"row": row} | cells | {"result": result if done.returncode == 0 else f"**{result}**", "day": str(date.today()),
+            "minutes": f"{(time.time() - started) / 60:.0f}"}  # fmt: skip
+
+
+def known() -> dict[str, list[str]]:
+    """Rows of the page as it is."""
+    lines = PAGE.read_text().splitlines() if PAGE.exists() else []
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
+    return {cells[0]: cells for cells in rows}
+
+
+def main(names: list[str]) -> int:
+    if unknown := set(names) - set(ROWS):
+        print(f"error: got {', '.join(sorted(unknown))}; expected some of {', '.join(ROWS)}", file=sys.stderr)
+        return 2
+    rows = known()
+    for name in names or ROWS:
+        cells = tested(name)
+        rows[name] = [*cells.values()]
+        header = [*cells]
+        lines = [header, ["---"] * len(header), *(rows[name] for name in ROWS if name in rows)]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        PAGE.write_text(TEXT.format(python=sys.version.split()[0], table=table, tests=" ".join(TESTS)))
+    return int(any("**" in cells[len(SHOWN) + 1] for cells in rows.values()))
+
+
+TEXT = """# Compatibility
+
+`make compat` installs the oldest and the newest supported releases, each in an environment of its own, and runs the kernel
+and step tests there: every op against its reference, every Triton launch compiled as the JIT does it for sm_80, sm_90 and
+sm_100, and whole training steps in float32, bf16 and fp16, compiled or not, full weights and LoRA. `oldest` has the lowest
+versions that pyproject.toml allows. Last results, on a CPU with Python {python}:
+
+{table}
+
+The tests: `pytest {tests}`.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
