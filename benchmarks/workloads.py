@@ -62,13 +62,14 @@ class Workload:
         return Trainer(config, base, rollout=data_rollout(config, base) if config.rollout == "data" else None)
 
     def load(self) -> PretrainedModel:
-        """The model with random weights, where it is trained."""
+        """The model with random weights, where `selfnpo.data.load_base` has it."""
         family, config = self.source.family, self.source.config
         torch.manual_seed(0)
         with DEVICE:
             model = family.denoiser_class.from_config(config)
+        home = (DEVICE, DTYPE) if self.config.rank else ("cpu", torch.float32)
         layout = torch.channels_last if self.channels_last else None
-        model = nn.Module.to(model, DTYPE, memory_format=layout).eval().requires_grad_(False)  # diffusers' own warns
+        model = nn.Module.to(model, *home, memory_format=layout).eval().requires_grad_(False)  # diffusers' own warns
         shape = family.sample_shape(config, self.source.scale, self.config)
         shapes = family.condition_shapes(config).items()
         rows = {name: torch.randn(PROMPTS + 1, *row, device=DEVICE, dtype=DTYPE) for name, row in shapes}

@@ -138,7 +138,8 @@ def capture(step: Step, pool: Any, stream: "torch.cuda.Stream") -> Step:
         pool: `torch.cuda.graph_pool_handle()`; graphs with one pool share their memory and must not run at once.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
+    # Meanwhile another thread may wait for a copy and write it to a checkpoint.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         outputs = step()
 
     def replay() -> tuple[Tensor, ...]:

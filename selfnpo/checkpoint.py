@@ -1,7 +1,7 @@
 """Files that are either whole or absent: atomic writes, and checkpoints that prove they are intact.
 
 A checkpoint is a folder of state.safetensors and state.json (scalars, and the digest of the tensors). It is written under
-another name, flushed to disk and committed by rename.
+another name, tensor by tensor, flushed to disk and committed by rename. selfnpo/snapshot.py does so beside the training.
 """
 
 import contextlib
@@ -10,18 +10,25 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from selfnpo.errors import UserError
 
 _PARTIAL = ".partial"
+_FLUSH = 1 << 28  # bytes, after which a disk is set to work: a machine with much memory would else begin at the end
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip  # of types in a safetensors header
 
 
 def _flush(path: Path) -> None:
@@ -77,11 +84,59 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def save_checkpoint(folder: Path, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], go_on: Callable[[], object] = lambda: None) -> str:
+    """Write a safetensors file and return its digest. Holds two tensors at a time, where safetensors' own `save_file` wants
+    all of them on the host: one is hashed and written while the next one is fetched.
+
+    Args:
+        tensors: on any device, in any layout.
+        go_on: called before every tensor; what it raises ends the writing.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # each at a multiple of its itemsize
+    header, end = {}, 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    text = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(text)
+    with path.open("wb") as file, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as writer:
+        jobs = [writer.submit(file.write, text)]
+        fetched = flushed = 0
+        for _, tensor in ordered:
+            go_on()
+            data = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
+            for job in jobs:
+                job.result()
+            jobs = [hasher.submit(digest.update, data), writer.submit(file.write, data)]
+            fetched += data.nbytes
+            if fetched - flushed >= _FLUSH:
+                os.fsync(file.fileno())
+                flushed = fetched
+        for job in jobs:
+            job.result()
+    return digest.hexdigest()
+
+
+def save_checkpoint(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    scalars: Callable[[], dict[str, Any]],
+    go_on: Callable[[], object] = lambda: None,
+) -> None:
+    """Write a checkpoint.
+
+    Args:
+        scalars: called once the tensors are written.
+        go_on: called before every tensor; what it raises ends the writing.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     with committed_folder(folder) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "state.safetensors")
-        scalars = scalars | {"sha256": _digest(partial / "state.safetensors")}
-        (partial / "state.json").write_text(json.dumps(scalars, indent=1))
+        digest = write_tensors(partial / "state.safetensors", tensors, go_on)
+        (partial / "state.json").write_text(json.dumps(scalars() | {"sha256": digest}, indent=1))
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -113,6 +168,12 @@ def load_latest(output_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         except UserError as error:
             tqdm.write(f"passed over: {error}")
     raise UserError(f"{output_dir} holds no intact checkpoint; start without --resume_from_checkpoint")
+
+
+def remove_partial(output_dir: Path) -> None:
+    """What a run that was killed had half written; its successor may take its checkpoints at other steps."""
+    for folder in output_dir.glob(f".checkpoint-*{_PARTIAL}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def prune_checkpoints(output_dir: Path, limit: int) -> None:

@@ -127,8 +127,10 @@ class TrainConfig(SampleOptions, ModelOptions):
     """Replay a training step as one CUDA graph; auto: on a GPU, where the settings allow it."""
     tandem: Literal["auto", "sequential", "streams", "shared"] = "auto"
     """How reference and student share a step, see selfnpo/tandem.py; auto measures what can run."""
-    checkpointing_steps: Annotated[int, arg(aliases=("--save_every_n_steps",))] = 250
-    """Steps between checkpoints."""
+    checkpointing_minutes: float = 10.0
+    """Minutes of training between checkpoints; there is one at the end too."""
+    checkpointing_steps: Annotated[int, arg(aliases=("--save_every_n_steps",))] = 0
+    """Steps between checkpoints, in place of minutes; 0: by minutes."""
     checkpoints_total_limit: int = 2
     """Checkpoints to keep; older ones are deleted."""
     logging_steps: int = 10
@@ -184,8 +186,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 _INVOCATION = {"config", "overwrite", "resume_from_checkpoint", "push_to_hub", "hub_model_id"}
 # A resumed run may change these too, because they do not touch what is computed.
 _FREE_ON_RESUME = _INVOCATION | {
-    "preset", "output_dir", "compile", "capture", "tandem", "checkpointing_steps", "checkpoints_total_limit",
-    "logging_steps", "report_to", "logging_dir", "validation_steps", "num_validation_images",
+    "preset", "output_dir", "compile", "capture", "tandem", "checkpointing_minutes", "checkpointing_steps",
+    "checkpoints_total_limit", "logging_steps", "report_to", "logging_dir", "validation_steps", "num_validation_images",
     "validation_guidance_scale", "local_files_only",
 }  # fmt: skip
 
@@ -257,7 +259,8 @@ def check(config: TrainConfig) -> TrainConfig:
         ("reference_decay", 0, 1),
         ("condition_dropout", 0, 1),
         ("huber_c", 1e-8, 1e3),
-        ("checkpointing_steps", 1, 10**7),
+        ("checkpointing_minutes", 0.01, 10**5),
+        ("checkpointing_steps", 0, 10**7),
         ("checkpoints_total_limit", 1, 10**4),
         ("logging_steps", 1, 10**7),
     ):

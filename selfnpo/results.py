@@ -77,8 +77,16 @@ def training_cost(state: TrainState) -> dict[str, Any]:
         "reference_evaluations_per_sample": state.reference_evaluations / samples,
         "strategy": state.strategy,
         "relative_delta": state.relative_delta(),
+        "beside_steps_seconds": {**state.beside},
         "device": f"{device_name(state.base.device)}, torch {torch.__version__}",
     }
+
+
+def beside_steps(state: TrainState) -> str:
+    """A line on what held the steps of the run up, in shares of its time."""
+    whole = state.seconds + state.startup_seconds + state.beside["pictures"]
+    shares = ", ".join(f"{kind} {100 * seconds / whole:.1f} %" for kind, seconds in state.beside.items())
+    return f"beside the steps: {shares} of {whole:.0f} s"
 
 
 def compute_cost(state: TrainState, meter: Meter, flops: Flops) -> dict[str, Any]:

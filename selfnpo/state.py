@@ -4,7 +4,10 @@ Random numbers are absent: they are pure functions of the seed and the step (sel
 """
 
 import hashlib
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -34,9 +37,15 @@ class TrainState:
     counter: Tensor  # `step`, where the rollout keeps its books
     step: int = 0
     reference_evaluations: int = 0  # guided evaluations of one sample
-    seconds: float = 0.0  # wall time spent in training steps
+    seconds: float = 0.0  # wall time of training: steps, and what is beside them but for pictures
     startup_seconds: float = 0.0  # and before: compilation, measurements, filling the pool
     strategy: str = ""  # of selfnpo/tandem.py, once it is chosen; another one would round differently
+    # Seconds for which something beside the steps held them up, in all processes of the run, counted generously: while the
+    # host is busy a GPU may still have steps to do.
+    beside: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("logging", "relative_delta", "checkpoints", "pictures"), 0.0)
+    )
+    _moved: tuple[int, float] = (-1, 0.0)  # the last `relative_delta`, with its step
 
     @classmethod
     def start(cls, config: TrainConfig, base: PretrainedModel, rollout: Rollout) -> "TrainState":
@@ -61,7 +70,19 @@ class TrainState:
 
     def relative_delta(self) -> float:
         """||delta|| / ||theta||: how far the student has moved from the base, as a share of its weights."""
-        return self.student.relative_delta()
+        with self.held_up_by("relative_delta"):
+            if self._moved[0] != self.step:
+                self._moved = self.step, self.student.relative_delta()
+            return self._moved[1]
+
+    @contextmanager
+    def held_up_by(self, kind: str) -> Iterator[None]:
+        """Counts the time of the context as one kind of `beside`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.beside[kind] += time.perf_counter() - started
 
     def tensors(self) -> dict[str, Tensor]:
         """Live tensors under flat names; `restore` copies into the same ones."""
@@ -81,11 +102,11 @@ class TrainState:
             "lr_scheduler": {key: value for key, value in self.lr_scheduler.state_dict().items() if key != "lr_lambdas"},
             "scaler": self.scaler.state_dict(),
             "settings": binding(self.config),
-            "base_sha256": self.fingerprint,
+            "beside": {**self.beside},
         }
 
     def restore(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
-        """Continue from a checkpoint.
+        """Continue from a checkpoint: of its tensors, and of its scalars with `fingerprint` as base_sha256.
 
         Raises:
             UserError: the checkpoint belongs to a run with other settings or another base.
@@ -112,6 +133,8 @@ class TrainState:
         self.scaler.load_state_dict(scalars["scaler"])
         for name in _PROGRESS:
             setattr(self, name, scalars[name])
+        self._moved = (-1, 0.0)
+        self.beside |= scalars.get("beside", {})  # which older versions did not count
         self.counter.fill_(self.step)
 
     @cached_property

@@ -13,7 +13,7 @@ from selfnpo.memory import is_out_of_memory, memory_plan, out_of_memory, shortag
 from selfnpo.meter import count_flops, describe
 from selfnpo.models import Source, default_device
 from selfnpo.output import check_output, prepare_output
-from selfnpo.results import RESULTS, compute_cost, demo_report, save_metrics, save_negative
+from selfnpo.results import RESULTS, beside_steps, compute_cost, demo_report, save_metrics, save_negative
 from selfnpo.schedule import make_grid
 from selfnpo.trainer import Trainer
 
@@ -36,12 +36,13 @@ def main(config: TrainConfig) -> int | None:
         trainer = Trainer(config, base, config.output_dir, data=data)
         prepare_output(config.output_dir, RESULTS, config.overwrite, resume=config.resume_from_checkpoint is not None)
         write_text(config.output_dir / "config.yaml", to_yaml(config))
-        status = trainer.run()
+        status = trainer.run(wait=False)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(*needs, error, trainer.last_checkpoint() if trainer else "nothing was written") from error
-    return finish(trainer, source, status)
+    with trainer.closing():
+        return finish(trainer, source, status)
 
 
 def finish(trainer: Trainer, source: Source, status: str) -> int | None:
@@ -58,6 +59,9 @@ def finish(trainer: Trainer, source: Source, status: str) -> int | None:
         print(demo_report(state, status, compute))
     else:
         print(f"plain samples beside negative-guided ones: {trainer.save_grid()}")
+        trainer.writer.wait()
+        save_metrics(state, status, compute)  # with what came after the last step
+    print(beside_steps(state))
     print(f"all results: {config.output_dir}")
     if config.push_to_hub:
         print(f"uploaded: {upload(config.hub_model_id, negative)}")

@@ -4,8 +4,8 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from selfnpo.checkpoint import (
-    list_checkpoints,
-    load_checkpoint,
-    load_latest,
-    prune_checkpoints,
-    save_checkpoint,
-    write_text,
-)
+from selfnpo.checkpoint import list_checkpoints, load_checkpoint, load_latest, write_text
 from selfnpo.config import TrainConfig
 from selfnpo.data import TrainData, encode_data
 from selfnpo.errors import UserError
@@ -28,9 +21,13 @@ from selfnpo.meter import Meter
 from selfnpo.models import PretrainedModel
 from selfnpo.rollout import DataRollout, NoiseRollout, Reference, Rollout, TrajectoryPool
 from selfnpo.schedule import make_grid
+from selfnpo.snapshot import CheckpointWriter
 from selfnpo.state import TrainState
 from selfnpo.step import TrainingStep
 from selfnpo.validation import save_grid
+
+DELTA_STEPS = 100  # between looks at how far full weights have moved, for which a GPU reads the whole base from the host
+REST = 50  # a checkpoint by minutes is put off until training has lasted this many times as long as the last one held it up
 
 
 def make_rollout(config: TrainConfig, base: PretrainedModel, data: TrainData | None = None) -> Rollout:
@@ -77,6 +74,9 @@ class Trainer:
                 *(load_latest(output_dir) if latest else load_checkpoint(Path(config.resume_from_checkpoint)))
             )
             self._truncate_log()
+        self.writer = CheckpointWriter(self.state, output_dir) if output_dir else None
+        self._saved_at, self._held_up = self.state.seconds, 0.0  # when the last checkpoint was taken, and for how long
+        self._moved: float | None = None  # the last `relative_delta`
 
     def train_step(self) -> tuple[Tensor, Tensor]:
         """One step of the whole recipe; (loss, gradient norm), not yet synchronised with the host."""
@@ -88,14 +88,20 @@ class Trainer:
         state.step += 1
         return loss, grad_norm
 
-    def run(self) -> str:
-        """Train to the end. Returns why it ended: completed, strength reached or interrupted."""
+    def run(self, wait: bool = True) -> str:
+        """Train to the end. Returns why it ended: completed, strength reached or interrupted.
+
+        Args:
+            wait: for the last checkpoint of a run that was not interrupted; else `closing` does, and until then nothing may
+                change the state.
+        """
         config, state = self.config, self.state
         losses: list[Tensor] = []
         self.step.prepare()
         started, ending = time.perf_counter() - state.seconds, "completed"
         with (
             _interruptible() as interrupted,
+            self.writer or nullcontext(),
             _log_writer(config, self.output_dir) as log,
             tqdm(total=config.max_train_steps, initial=state.step, desc="train", unit="step", disable=None) as progress,
         ):
@@ -103,46 +109,73 @@ class Trainer:
                 loss, grad_norm = self.train_step()
                 losses.append(loss)
                 progress.update()
+                if self.writer:
+                    self.writer.check()
                 last = state.step == config.max_train_steps
                 if last or state.step % config.logging_steps == 0:
                     row = self._log_row(losses, grad_norm, started)
                     losses.clear()
-                    log(row)
-                    progress.set_postfix(loss=f"{row['loss']:.4f}", moved=f"{row['relative_delta']:.2%}")
+                    with state.held_up_by("logging"):
+                        log(row)
+                        moved = "" if self._moved is None else f", moved={self._moved:.2%}"
+                        progress.set_postfix_str(f"loss={row['loss']:.4f}{moved}")
                     if config.max_relative_delta is not None and row["relative_delta"] >= config.max_relative_delta:
                         ending = "strength reached"
                 if interrupted():
                     ending = "interrupted"
-                if last or ending != "completed" or state.step % config.checkpointing_steps == 0:
-                    state.seconds = time.perf_counter() - started
-                    self._checkpoint()
+                final, seconds = last or ending != "completed", time.perf_counter() - started
+                if final or self._is_due(seconds):
+                    state.seconds = self._saved_at = seconds
+                    self._checkpoint(final)
                 if config.validation_steps and state.step % config.validation_steps == 0:
                     pause = time.perf_counter()
                     self.save_grid()
                     started += time.perf_counter() - pause
+            if self.writer and (wait or ending == "interrupted"):
+                self.writer.wait()
         return ending
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """For what is done with the results of `run(wait=False)`: whatever happens there, SIGTERM included, the last
+        checkpoint is waited for."""
+        with _handled(signal.default_int_handler):
+            try:
+                yield
+            finally:
+                self.writer.wait()
+
+    def _is_due(self, seconds: float) -> bool:
+        """Whether a checkpoint is, after that many seconds of training."""
+        if self.config.checkpointing_steps:
+            return self.state.step % self.config.checkpointing_steps == 0
+        return seconds - self._saved_at >= max(60 * self.config.checkpointing_minutes, REST * self._held_up)
 
     def save_grid(self) -> Path | None:
         """A picture of plain samples beside those guided by the student, in output_dir/samples."""
         if not self.output_dir:
             return None
-        with torch.compiler.set_stance("force_eager"):  # pictures have other shapes than training
+        eager = torch.compiler.set_stance("force_eager")  # pictures have other shapes than training
+        with self.state.held_up_by("pictures"), eager:
             return save_grid(self.output_dir / "samples" / f"step-{self.state.step:06}.png", self.state)
 
     def _log_row(self, losses: list[Tensor], grad_norm: Tensor, started: float) -> dict[str, Any]:
         state = self.state
         self.meter.sample()
         loss = torch.stack(losses).mean().item()  # waits for the device
-        state.seconds = time.perf_counter() - started
-        row = {
-            "step": state.step,
-            "loss": loss,
-            "grad_norm": grad_norm.item(),
-            "learning_rate": state.lr_scheduler.get_last_lr()[0],
-            "relative_delta": state.relative_delta(),
-            "reference_evaluations": state.reference_evaluations,
-            "samples_per_second": state.step * self.config.total_batch_size / state.seconds,
-        }
+        delta = state.relative_delta() if self._looks_at_delta() else None
+        self._moved = self._moved if delta is None else delta
+        with state.held_up_by("logging"):
+            state.seconds = time.perf_counter() - started
+            row = {
+                "step": state.step,
+                "loss": loss,
+                "grad_norm": grad_norm.item(),
+                "learning_rate": state.lr_scheduler.get_last_lr()[0],
+                "relative_delta": delta,
+                "reference_evaluations": state.reference_evaluations,
+                "samples_per_second": state.step * self.config.total_batch_size / state.seconds,
+            }
         if state.scaler.is_enabled() and not math.isfinite(row["grad_norm"]):
             row["grad_norm"] = None  # the step was left out, and the scale of the loss lowered
         if not all(row[name] is None or math.isfinite(row[name]) for name in ("loss", "grad_norm", "relative_delta")):
@@ -152,15 +185,30 @@ class Trainer:
             )
         return row
 
+    def _looks_at_delta(self) -> bool:
+        """Whether this row of the log tells how far the weights have moved."""
+        config, step = self.config, self.state.step
+        if config.rank or config.max_relative_delta is not None or step == config.max_train_steps:
+            return True
+        return step % DELTA_STEPS < config.logging_steps  # the first row of another hundred
+
     def last_checkpoint(self) -> str:
         """What is left of a run that ends here, in words."""
-        found = list_checkpoints(self.output_dir) if self.output_dir else []
-        return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was taken before"
+        if not self.writer:
+            return "no checkpoint was taken before"
+        failure = ""
+        try:
+            self.writer.wait()
+        except UserError as error:
+            failure = f"; {error}"
+        found = list_checkpoints(self.output_dir)
+        return (f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was taken before") + failure
 
-    def _checkpoint(self) -> None:
-        if self.output_dir:
-            save_checkpoint(self.output_dir / f"checkpoint-{self.state.step}", self.state.tensors(), self.state.scalars())
-            prune_checkpoints(self.output_dir, self.config.checkpoints_total_limit)
+    def _checkpoint(self, final: bool = False) -> None:
+        if self.writer:
+            before = self.state.beside["checkpoints"]
+            self.writer.save(final)
+            self._held_up = self.state.beside["checkpoints"] - before
 
     def _truncate_log(self) -> None:
         """Drop the lines that the resumed run will write again."""
@@ -180,12 +228,19 @@ def _interruptible() -> Iterator:
             raise KeyboardInterrupt
         received.append(number)
 
+    with _handled(handler):
+        yield lambda: bool(received)
+
+
+@contextmanager
+def _handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM call `handler`."""
     try:
         previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread: signals are someone else's
         previous = {}
     try:
-        yield lambda: bool(received)
+        yield
     finally:
         for number, old in previous.items():
             signal.signal(number, old)

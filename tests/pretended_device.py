@@ -61,6 +61,7 @@ def run(op, args, kwargs):
     target = kwargs.get("device")
     if is_cuda(target):
         kwargs = kwargs | {"device": torch.device("cpu")}
+    kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
     stays = is_cuda(target) or (here and target is None)
     if name in ("copy_", "_to_copy") and ((strangers and here) or stays != here):
         crossings.append(str([tuple(leaf.shape) for leaf in leaves]))

@@ -26,6 +26,8 @@ from selfnpo.models import DEMO_FOLDER
         (["--pool_size", "0"], "pool_size is 0; expected a value from 1 to 10000"),
         (["--max_relative_delta", "-1"], "expected a positive number"),
         (["--seed", "-1"], "seed is -1"),
+        (["--checkpointing_minutes", "0"], "checkpointing_minutes is 0.0; expected a value from 0.01 to 100000"),
+        (["--checkpointing_steps", "-5"], "checkpointing_steps is -5; expected a value from 0 to 10000000"),
         (["--config", "absent.yaml"], "config absent.yaml could not be read"),
         (["--resume_from_checkpoint", "latest"], "holds no intact checkpoint"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere is no intact checkpoint"),

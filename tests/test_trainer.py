@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from fixed_batch import losses_on_a_fixed_batch
 from selfnpo.checkpoint import list_checkpoints
@@ -157,6 +158,25 @@ def test_divergence_is_said_and_the_last_good_checkpoint_named(demo, tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4"]
 
 
+def test_how_far_the_weights_have_moved_is_told_every_hundred_steps_and_where_it_is_asked_for(
+    demo, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("selfnpo.trainer.DELTA_STEPS", 5)
+
+    def told(name, **changes):
+        trainer, _ = train(replace(SHORT, **changes), demo, tmp_path / name)
+        assert (moved := log_of(tmp_path / name)[-1]["relative_delta"]) == trainer.state.student.relative_delta()
+        assert f"moved={moved:.2%}" in capsys.readouterr().err.splitlines()[-1]
+        return [row["step"] for row in log_of(tmp_path / name) if row["relative_delta"] is not None]
+
+    monkeypatch.setattr("selfnpo.trainer.tqdm", lambda **options: tqdm(**(options | {"disable": False})))
+    assert told("full") == [6, 10, 12]  # the first rows after 5 and 10, and the last one
+    assert told("often", logging_steps=1, max_train_steps=11) == [5, 10, 11]
+    assert told("seldom", logging_steps=6) == [6, 12]
+    assert told("limited", max_relative_delta=0.9) == [2, 4, 6, 8, 10, 12]
+    assert told("lora", rank=2) == [2, 4, 6, 8, 10, 12]
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("loss", ["l2", "huber"])
 def test_every_preset_and_loss_trains(demo, preset, loss):
@@ -191,9 +211,10 @@ def command(output_dir, *flags):
 
 
 def wait_for_checkpoint(output_dir, process, seconds=60):
-    deadline = time.time() + seconds
-    while not list_checkpoints(output_dir) and process.poll() is None and time.time() < deadline:
-        time.sleep(0.02)
+    """Until there is one that was not there before."""
+    deadline, before = time.time() + seconds, list_checkpoints(output_dir)
+    while list_checkpoints(output_dir) in ([], before) and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
 
 
 def test_ctrl_c_leaves_a_marked_resumable_run_and_no_traceback(tmp_path):
@@ -216,16 +237,18 @@ def test_ctrl_c_leaves_a_marked_resumable_run_and_no_traceback(tmp_path):
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     """SIGKILL at random moments; the repeated version is in make soak."""
     kills = int(os.environ.get("SELFNPO_KILLS", "1"))
-    subprocess.run(command(tmp_path / "straight"), check=True, capture_output=True)
+    whole = ["--max_train_steps", str(60 * kills)]
+    subprocess.run(command(tmp_path / "straight", *whole), check=True, capture_output=True)
     broken, chance = tmp_path / "broken", random.Random(0)
-    flags: list[str] = []
+    flags = whole
     for _ in range(kills):
         process = subprocess.Popen(command(broken, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         wait_for_checkpoint(broken, process)
         time.sleep(chance.random() * 0.3)
         process.kill()
         process.communicate()
-        flags = ["--resume_from_checkpoint", "latest"]
+        assert process.returncode == -signal.SIGKILL  # not done before
+        flags = [*whole, "--resume_from_checkpoint", "latest"]
     done = subprocess.run(command(broken, *flags), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     one, other = (

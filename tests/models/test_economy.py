@@ -81,5 +81,6 @@ def test_an_overflow_in_float16_leaves_the_step_out(models, tmp_path):
     assert all(old.equal(new) for old, new in zip(before, trainer.state.student.trainable.values(), strict=True))
     assert trainer._log_row([loss], norm, started=0.0)["grad_norm"] is None
     trainer._checkpoint()
+    trainer.writer.wait()
     resumed = start(replace(trainer.config, resume_from_checkpoint="latest"), tmp_path)
     assert resumed.state.scaler.get_scale() == 2.0**39

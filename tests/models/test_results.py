@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import partialmethod
 
 import pytest
@@ -105,10 +106,19 @@ def test_validation_grids_show_plain_beside_guided(models, tmp_path):
     assert (tmp_path / "samples" / "step-000004.png").read_bytes() == first  # fixed seeds
 
 
-def test_metrics_record_the_cost(models, tmp_path):
+def test_metrics_record_the_cost(models, tmp_path, capsys):
     from selfnpo.train import main
 
     config = settings(models("stable_diffusion"), output_dir=tmp_path / "out", gradient_accumulation_steps=3)
     main(config)
     cost = json.loads((tmp_path / "out" / "metrics.json").read_text())["cost"]
+    beside = cost["beside_steps_seconds"]
+    whole = cost["seconds"] + cost["startup_seconds"] + beside["pictures"]
+    assert all(0 < seconds < whole for seconds in beside.values())
+    shares = ", ".join(f"{kind} {100 * seconds / whole:.1f} %" for kind, seconds in beside.items())
+    said = capsys.readouterr().out
+    assert f"beside the steps: {shares} of {whole:.0f} s" in said
+    assert [*beside] == ["logging", "relative_delta", "checkpoints", "pictures"]
+    resumed = start(replace(config, resume_from_checkpoint="latest"), tmp_path / "out")
+    assert all(0 < seconds <= beside[kind] for kind, seconds in resumed.state.beside.items() if kind != "pictures")
     assert cost["samples"] == 4 * 2 * 3

@@ -31,6 +31,7 @@ def test_resume_is_exact(models, tmp_path, family, rank):
     while broken.state.step < 2:
         broken.train_step()
     broken._checkpoint()
+    broken.writer.wait()
     resumed = start(replace(config, resume_from_checkpoint="latest"), tmp_path / "broken")
     assert resumed.state.step == 2
     resumed.run()
