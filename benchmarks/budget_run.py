@@ -9,6 +9,7 @@ The exit code is 0 when the run is whole, 75 while it is not.
 
 import os
 import signal
+import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,13 @@ from selfnpo.cli import parse, run
 from selfnpo.config import check
 from selfnpo.errors import UserError
 from selfnpo.meter import EFFICIENCY, count_flops, describe, step_flops
-from selfnpo.results import compute_cost, training_cost
+from selfnpo.results import beside_steps, compute_cost, training_cost
 
 UNFINISHED = 75  # exit code: try again
 # What adds up over the parts of a run.
-ADDED = ("steps, done", "parts, run", "training, s", "start-up, s", "energy, Wh", "predicted training, s")
+ADDED = (
+    "steps, done", "parts, run", "training, s", "start-up, s", "beside the steps, s", "energy, Wh", "predicted training, s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,19 @@ def main(options: BudgetRun) -> int:
     }
     before = unfinished(names, options.results)
     workload = workload.changed(max_train_steps=options.max_train_steps - before["steps, done"])
-    config, trainer = check(workload.config), workload.trainer()
-    trainer.run()
+    config = check(workload.config)
+    with tempfile.TemporaryDirectory(prefix="selfnpo-budget-") as folder:  # for the log and the checkpoints of any run
+        trainer = workload.trainer(Path(folder))
+        trainer.run()
     limit.cancel()
     state, flops = trainer.state, count_flops(config, workload.source)
     cost = training_cost(state) | compute_cost(state, trainer.meter, flops)
     print(describe(cost | {"predicted_gpu_hours": None}))  # which would be those of a stand-in
+    print(beside_steps(state))
     peak = 1e12 * cost["matmul_peak_tflops"]
     predicted = state.step * step_flops(config, flops, evaluations(config)) / (EFFICIENCY * peak)
-    part = dict(zip(ADDED, (state.step, 1, state.seconds, state.startup_seconds, cost["energy_wh"], predicted), strict=True))
+    seconds = state.seconds, state.startup_seconds, sum(state.beside.values())
+    part = dict(zip(ADDED, (state.step, 1, *seconds, cost["energy_wh"], predicted), strict=True))
     row = names | whole(before, part, config.total_batch_size)
     print(f"{row['steps, done']} of {row['steps']} steps are done, in {row['parts, run']} parts")
     path = results.save({"budget": results.table("budget", [row], {"matmul FLOP/s": [peak]})}, options.results)
@@ -92,6 +99,7 @@ def whole(before: dict[str, Any], part: dict[str, Any], batch_size: int) -> dict
     share = row["predicted training, s"] / row["training, s"]
     return row | {
         "run, device-hours": (row["training, s"] + row["start-up, s"]) / 3600,
+        "beside the steps, %": 100 * row["beside the steps, s"] / (row["training, s"] + row["start-up, s"]),
         "samples, 1/s": row["steps, done"] * batch_size / row["training, s"],
         "of matmul peak, %": 100 * EFFICIENCY * share,
         "error of that, %": 100 * (share - 1),

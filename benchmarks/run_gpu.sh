@@ -39,7 +39,7 @@ kernels-all        300    540
 '
 readonly TOTAL=545  # seconds, of all parts
 readonly GRACE=15   # for a part to save what it has after an interrupt
-readonly STORING=40 # of its time, for a whole run to report
+readonly STORING=90 # of its time, for a whole run to write its last checkpoint and report
 
 # of NAME FIELD: 1 the name, 2 expected, 3 limit
 of() { awk -v name="$1" -v field="$2" '$1 == name { print $field }' <<<"$PARTS"; }

@@ -149,15 +149,16 @@ TABLES = {
     ),
     "budget": Table(
         "A whole run",
-        "Random weights and prompts. Training is the time of the steps that were done; start-up is what precedes the first: "
-        "compilation, measurements, filling the pool. Hours are both. Where there are several parts the run was measured in "
-        "as many calls, each with a start-up of its own, and their times and energy are added. Energy as the GPU's driver "
-        f"counts it. {ASSUMED} the matmul peak that was measured beside it.",
+        "Random weights and prompts. Training is the time of the steps that were done, with what is beside them: log and "
+        "checkpoints, also as a share of the hours. Start-up is what precedes the first step: compilation, measurements, "
+        "filling the pool. Hours are both. Where there are several parts the run was measured in as many calls, each with a "
+        "start-up of its own, and their times and energy are added. Energy as the GPU's driver counts it. "
+        f"{ASSUMED} the matmul peak that was measured beside it.",
         "make budget-run",
         (
             *_names("model", "weights", "run", "steps"),
             *_measured(("steps", "done"), ("parts", "run"), ("training", "s"), ("start-up", "s"), ("run", "device-hours")),
-            *_measured(("samples", "1/s"), ("energy", "Wh")),
+            *_measured(("beside the steps", "s"), ("beside the steps", "%"), ("samples", "1/s"), ("energy", "Wh")),
             OF_PEAK,
             Column("predicted training", "s", PREDICTED),
             ERROR,
@@ -166,10 +167,10 @@ TABLES = {
     "overhead": Table(
         "What a run of SD1.5 costs beside its steps",
         "Full-sized, random weights, bfloat16; seconds for which the steps are held up, in 1,000 steps of 20 samples. Here "
-        "each kind is measured once; without a GPU a step is what was counted, at 40 % of the measured matmul peak. H100: "
-        "259 TFLOP/s, which are steps of 248 ms for full weights, and a start of 80 s (predicted); copies to and from "
-        "pinned memory at 25 GB/s, SHA-256 at 1.7 GB/s and a disk of 2 GB/s (assumed); the last checkpoint without what the "
-        "negative and the pictures take meanwhile.",
+        f"each kind is measured once; without a GPU a step is what was counted, at {100 * EFFICIENCY:.0f} % of the matmul "
+        "peak that was measured. H100: 259 TFLOP/s, which are steps of 248 ms for full weights, and a start of 80 s "
+        "(predicted); copies to and from pinned memory at 25 GB/s, SHA-256 at 1.7 GB/s and a disk of 2 GB/s (assumed); the "
+        "last checkpoint without what the negative and the pictures take meanwhile.",
         "python -m benchmarks.run_overhead",
         (
             *_names("weights", "beside the steps"),

@@ -56,10 +56,10 @@ class Workload:
             what = self.describe() + (f", in {processes} processes" if processes > 1 else "")
             raise DoesNotFit(f"{what}: got {free / 2**30:.1f} GiB of free memory, needed {needed / 2**30:.1f} by the plan")
 
-    def trainer(self) -> Trainer:
+    def trainer(self, output_dir: Path | None = None) -> Trainer:
         """Of a fresh copy of the model."""
         base, config = self.load(), self.config
-        return Trainer(config, base, rollout=data_rollout(config, base) if config.rollout == "data" else None)
+        return Trainer(config, base, output_dir, data_rollout(config, base) if config.rollout == "data" else None)
 
     def load(self) -> PretrainedModel:
         """The model with random weights, where `selfnpo.data.load_base` has it."""

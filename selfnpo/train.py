@@ -53,12 +53,14 @@ def finish(trainer: Trainer, source: Source, status: str) -> int | None:
     if status == "interrupted":
         print(f"interrupted after step {state.step}; continue with --resume_from_checkpoint latest")
         return 128 + signal.SIGINT
+    trainer.step.release()
     negative = save_negative(state, status)
     print(f"negative model: {negative}")
     if source.is_demo:
         print(demo_report(state, status, compute))
     else:
-        print(f"plain samples beside negative-guided ones: {trainer.save_grid()}")
+        if picture := trainer.save_grid():
+            print(f"plain samples beside negative-guided ones: {picture}")
         trainer.writer.wait()
         save_metrics(state, status, compute)  # with what came after the last step
     print(beside_steps(state))

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from selfnpo.checkpoint import list_checkpoints, load_checkpoint, load_latest, write_text
 from selfnpo.config import TrainConfig
 from selfnpo.data import TrainData, encode_data
-from selfnpo.errors import UserError
+from selfnpo.errors import UserError, first_line
+from selfnpo.memory import is_out_of_memory
 from selfnpo.meter import Meter
 from selfnpo.models import PretrainedModel
 from selfnpo.rollout import DataRollout, NoiseRollout, Reference, Rollout, TrajectoryPool
@@ -152,12 +153,22 @@ class Trainer:
         return seconds - self._saved_at >= max(60 * self.config.checkpointing_minutes, REST * self._held_up)
 
     def save_grid(self) -> Path | None:
-        """A picture of plain samples beside those guided by the student, in output_dir/samples."""
+        """A picture of plain samples beside those guided by the student, in output_dir/samples; None where there is no
+        folder, or no memory, which loses a picture and not a run."""
         if not self.output_dir:
             return None
         eager = torch.compiler.set_stance("force_eager")  # pictures have other shapes than training
-        with self.state.held_up_by("pictures"), eager:
-            return save_grid(self.output_dir / "samples" / f"step-{self.state.step:06}.png", self.state)
+        try:
+            with self.state.held_up_by("pictures"), eager:
+                return save_grid(self.output_dir / "samples" / f"step-{self.state.step:06}.png", self.state)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            tqdm.write(
+                f"warning: no picture of step {self.state.step}, out of memory ({first_line(error)}); fewer at once need "
+                "less, --num_validation_images 1, or python -m selfnpo.sample with --batch_size 1 once the run is done"
+            )
+            return None
 
     def _log_row(self, losses: list[Tensor], grad_norm: Tensor, started: float) -> dict[str, Any]:
         state = self.state

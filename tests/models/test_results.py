@@ -106,6 +106,22 @@ def test_validation_grids_show_plain_beside_guided(models, tmp_path):
     assert (tmp_path / "samples" / "step-000004.png").read_bytes() == first  # fixed seeds
 
 
+def test_pictures_without_memory_lose_pictures_and_no_run(models, tmp_path, capsys, monkeypatch):
+    from selfnpo.train import main
+
+    def fails(path, state):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+
+    monkeypatch.setattr("selfnpo.trainer.save_grid", fails)
+    assert main(settings(models("stable_diffusion"), output_dir=tmp_path / "out", validation_steps=2)) is None
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("warning: no picture of step 4, out of memory (CUDA out of memory. Tried to") == 2
+    assert (tmp_path / "out" / "negative" / "diffusion_pytorch_model.safetensors").is_file()
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["status"] == "completed"
+    assert (tmp_path / "out" / "checkpoint-4").is_dir()
+    assert "plain samples beside" not in said.out
+
+
 def test_metrics_record_the_cost(models, tmp_path, capsys):
     from selfnpo.train import main
 
