@@ -7,10 +7,10 @@ A call that ends early, by --max_seconds or Ctrl-C, leaves a part of the run; fu
 The exit code is 0 when the run is whole, 75 while it is not.
 """
 
-import os
 import signal
 import tempfile
-import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,10 +51,7 @@ class BudgetRun:
 def main(options: BudgetRun) -> int:
     if options.max_seconds < 0:
         raise UserError(f"max_seconds is {options.max_seconds}; expected 0 or more")
-    limit = threading.Timer(options.max_seconds, os.kill, (os.getpid(), signal.SIGINT))  # which the trainer heeds
-    limit.daemon = True
-    if options.max_seconds:
-        limit.start()
+    deadline = time.monotonic() + options.max_seconds
     results.check_folder(options.results)
     workload = sd15().changed(rollout=options.rollout, rank=options.rank, compile=options.compile, pool_size=8)
     names = {
@@ -68,8 +65,9 @@ def main(options: BudgetRun) -> int:
     config = check(workload.config)
     with tempfile.TemporaryDirectory(prefix="selfnpo-budget-") as folder:  # for the log and the checkpoints of any run
         trainer = workload.trainer(Path(folder))
+        if options.max_seconds:
+            trainer.train_step = until(deadline, trainer.train_step)
         trainer.run()
-    limit.cancel()
     state, flops = trainer.state, count_flops(config, workload.source)
     cost = training_cost(state) | compute_cost(state, trainer.meter, flops)
     print(describe(cost | {"predicted_gpu_hours": None}))  # which would be those of a stand-in
@@ -83,6 +81,18 @@ def main(options: BudgetRun) -> int:
     path = results.save({"budget": results.table("budget", [row], {"matmul FLOP/s": [peak]})}, options.results)
     print("results:", path, *report.write(path), sep="\n  ")
     return 0 if row["steps, done"] == row["steps"] else UNFINISHED
+
+
+def until(deadline: float, step: Callable[[], Any]) -> Callable[[], Any]:
+    """`step`, after which a run is interrupted as by a Ctrl-C where the deadline has passed."""
+
+    def limited() -> Any:
+        result = step()
+        if time.monotonic() >= deadline:
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    return limited
 
 
 def unfinished(names: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -117,11 +117,12 @@ def _path(folder: Path, about: dict[str, Any], day: str) -> Path:
 
 
 def rows_before(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """Of a table in the newest file of this device and commit, by the labels of their columns."""
+    """Of a table in the newest file of this device and commit that has it, by the labels of their columns."""
     pattern = _path(folder, environment(), "[0-9]" * 4 + "-*")
-    files = sorted(pattern.parent.glob(pattern.name))
-    found = load(files[-1])["tables"].get(name) if files else None
-    return [dict(zip(map(label, found["columns"]), row, strict=True)) for row in found["rows"]] if found else []
+    for file in sorted(pattern.parent.glob(pattern.name), reverse=True):
+        if found := load(file)["tables"].get(name):
+            return [dict(zip(map(label, found["columns"]), row, strict=True)) for row in found["rows"]]
+    return []
 
 
 def save(tables: dict[str, Any], folder: Path = RESULTS) -> Path:

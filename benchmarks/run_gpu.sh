@@ -73,14 +73,15 @@ WORK=${WORK:-$ROOT/runs/gpu}
 for folder in "$OUT" "$WORK"; do
     if ! mkdir -p "$folder"; then mistake "$folder cannot be made; expected a folder"; fi
 done
-OUT=$(cd "$OUT" && pwd)
-WORK=$(cd "$WORK" && pwd)
+OUT=$(cd "$OUT" && pwd -P)
+WORK=$(cd "$WORK" && pwd -P)
 if [[ -n ${EARLIER:-} && -z $(ls -A "$WORK") ]] && ! tar xzf "$EARLIER" -C "$WORK" --strip-components=1; then
     mistake "EARLIER is $EARLIER, which cannot be unpacked; expected a gpu.tgz"
 fi
 WHEELS=${WHEELS:+$(cd "${WHEELS:-.}" && pwd)}
 cd "$ROOT" || exit 2
 
+if [[ ${SELFNPO_COMMIT:-none} == *[!0-9A-Za-z._-]* ]]; then mistake "SELFNPO_COMMIT is $SELFNPO_COMMIT; expected a hash"; fi
 COMMIT=${SELFNPO_COMMIT:-$(git describe --always --abbrev=40 --exclude='*' --dirty=-changed 2>/dev/null || echo unknown)}
 export CI=true # so that pytest cuts no reason short
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONPATH="$WORK/site${PYTHONPATH:+:$PYTHONPATH}"
@@ -90,12 +91,13 @@ failures=0
 # What is known so far, should the machine be taken away.
 save() {
     local IFS=,
+    saved=true
     printf '{"commit": "%s", "dry_run": %s, "seconds": %d, "parts": [%s]}\n' \
-        "$COMMIT" "$DRY_RUN" "$SECONDS" "${rows[*]}" >"$OUT/summary.json"
+        "$COMMIT" "$DRY_RUN" "$SECONDS" "${rows[*]}" >"$OUT/summary.json" || saved=false
     # Without what belongs to this machine. Code 1: a part in the background wrote to its log meanwhile.
-    tar czf "$OUT/.gpu.tgz" -C "$WORK/.." --warning=no-file-changed --exclude='*.tgz' --exclude=site --exclude=warm \
-        --exclude={wheels,build,env}.done "${WORK##*/}"
-    if (($? < 2)); then mv "$OUT/.gpu.tgz" "$OUT/gpu.tgz"; fi
+    tar czf "$OUT/.gpu.tgz" -C "${WORK%/*}/" --warning=no-file-changed --anchored --exclude="${WORK##*/}"/{site,warm} \
+        --exclude="${WORK##*/}"/{wheels,build,env}.done --no-anchored --exclude='*.tgz' "${WORK##*/}"
+    if (($? > 1)) || ! mv -T "$OUT/.gpu.tgz" "$OUT/gpu.tgz"; then saved=false; fi
 }
 
 # What may be spent on part NAME.
@@ -108,8 +110,19 @@ allowed() {
 is_wanted() { [[ ${#words[@]} -lt 2 || $wanted == *" $1 "* ]]; }
 is_done() { grep -qsF "\"commit\": \"$COMMIT\", \"dry_run\": $DRY_RUN" "$WORK/$1.done"; }
 
-# within SECONDS NAME COMMAND...: into the part's log, with an interrupt at the end, which lets it write what it has.
-within() { timeout --signal=INT --kill-after="$GRACE" "$1" "${@:3}" >"$WORK/$2.log" 2>&1 </dev/null; }
+# begin SECONDS NAME COMMAND...: in the background, into the part's log, with an interrupt at the end, which lets it write
+# what it has. `timeout` is in a process group of its own, so a Ctrl-C reaches it through the trap below alone.
+begin() { timeout --signal=INT --kill-after="$GRACE" "$1" "${@:3}" >"$WORK/$2.log" 2>&1 </dev/null & }
+running=
+warming=
+give_up() {
+    kill -INT $running $warming 2>/dev/null
+    wait
+    save
+    echo "interrupted; what is known so far: $OUT/gpu.tgz" >&2
+    exit 130
+}
+trap give_up INT TERM
 
 # ended NAME SECONDS CODE
 ended() {
@@ -145,7 +158,10 @@ part() {
     elif ((2 * (TOTAL - SECONDS) < $(of "$1" 2))); then
         ended "$1" 0 none
     else
-        within "$(allowed "$1")" "$@" || code=$?
+        begin "$(allowed "$1")" "$@"
+        running=$!
+        wait "$running" || code=$?
+        running=
         ended "$1" $((SECONDS - started)) "$code"
     fi
 }
@@ -168,16 +184,16 @@ if [[ -n $WHEELS ]]; then part wheels "${wheels[@]}" "$WHEELS"/*.whl; fi
 part build "${build[@]}"
 part env "$PYTHON" -m selfnpo.env
 if command -v nvidia-smi >/dev/null; then timeout 20 nvidia-smi -q >"$WORK/nvidia-smi.txt" 2>&1; fi
-warming=
 if is_wanted warm && ! is_done tests; then # a few compiled steps fill Inductor's cache while the tests run
     warm_started=$SECONDS
-    within "$(of warm 3)" warm "${budget[@]}" --max_train_steps 12 "--results=$WORK/warm" &
+    begin "$(of warm 3)" warm "${budget[@]}" --max_train_steps 12 "--results=$WORK/warm"
     warming=$!
 fi
 test_part tests -m gpu tests/kernels tests/gpu
 if [[ -n $warming ]]; then
     code=0
     wait "$warming" || code=$?
+    warming=
     ended warm $((SECONDS - warm_started)) "$code"
 fi
 bench_part ladder bench_ladder
@@ -192,5 +208,9 @@ bench_part hours-video bench_hours -k CogVideoX
 test_part kernels-all tests/kernels # with the time that the others left
 
 save
+if ! $saved; then
+    echo "error: $OUT/gpu.tgz and summary.json could not all be written; the results are in $WORK" >&2
+    exit 1
+fi
 echo "results: $OUT/gpu.tgz"
 exit $((failures > 0))

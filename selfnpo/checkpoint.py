@@ -177,5 +177,9 @@ def remove_partial(output_dir: Path) -> None:
 
 
 def prune_checkpoints(output_dir: Path, limit: int) -> None:
+    """Delete the oldest ones; one that cannot be deleted stays, with a note."""
     for folder in list_checkpoints(output_dir)[:-limit]:
-        shutil.rmtree(folder)
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            tqdm.write(f"note: {folder} is one too many and could not be deleted: {error.strerror or error}")

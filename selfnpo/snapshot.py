@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from selfnpo.checkpoint import prune_checkpoints, remove_partial, save_checkpoint
+from selfnpo.errors import UserError
 from selfnpo.state import TrainState
 
 MARGIN = 1 << 30  # bytes of host memory that a snapshot leaves free
@@ -39,17 +40,26 @@ class CheckpointWriter:
         self._stream = torch.cuda.Stream(device) if self.on_gpu else None
         self._buffers: dict[str, Tensor] = {}
         self._copied: list[torch.cuda.Event] = []  # before and after a copy, which the device makes between two steps
-        self._thread: threading.Thread | None = None
+        self._done = threading.Event()  # not the thread itself: after a Ctrl-C its `join` may return too early
+        self._done.set()
         self._error: BaseException | None = None
         self._cancelled = threading.Event()
         self._is_noted = False
 
     def __enter__(self) -> "CheckpointWriter":
+        self._cancelled.clear()
+        self._error = None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Whatever ends the training, what was begun is finished, but for a second Ctrl-C, which gives it up."""
         if kind is KeyboardInterrupt:
             self.cancel()
+        elif kind:
+            try:
+                self.wait()
+            except UserError as error:
+                tqdm.write(f"the last checkpoint is lost: {error}")
 
     def save(self, final: bool = False) -> None:
         """Begin with the checkpoint of the step that was taken last, once the one before is there.
@@ -71,19 +81,17 @@ class CheckpointWriter:
             if tensors is None:
                 write()
             else:
-                self._thread = threading.Thread(target=self._in_thread, args=(write,), name="checkpoint")
-                self._thread.start()
+                self._done.clear()
+                threading.Thread(target=self._in_thread, args=(write,), name="checkpoint").start()
 
     def wait(self) -> None:
         """Until what was begun is on the disk; raises what went wrong there. Ctrl-C gives it up."""
         with self.state.held_up_by("checkpoints"):
-            if self._thread:
-                try:
-                    self._thread.join()
-                except KeyboardInterrupt:
-                    self.cancel()
-                    raise
-                self._thread = None
+            try:
+                self._done.wait()
+            except KeyboardInterrupt:
+                self.cancel()
+                raise
         if self._copied:
             before, after = self._copied
             self.state.beside["checkpoints"] += before.elapsed_time(after) / 1e3
@@ -99,14 +107,15 @@ class CheckpointWriter:
     def cancel(self) -> None:
         """Give up what is being written; the checkpoints before it stay."""
         self._cancelled.set()
-        if self._thread:
-            self._thread.join()
+        self._done.wait()
 
     def _in_thread(self, write: Callable[[], None]) -> None:
         try:
             write()
         except BaseException as error:
             self._error = error  # raised where the training asks next
+        finally:
+            self._done.set()
 
     def _write(self, folder: Path, tensors: dict[str, Tensor], scalars: dict) -> None:
         with self._aside(), ThreadPoolExecutor(1) as other:

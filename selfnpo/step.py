@@ -20,7 +20,10 @@ from selfnpo.schedule import make_grid, make_schedule
 from selfnpo.state import TrainState
 from selfnpo.tandem import Tandem, choose
 
-COMPILED_ERROR = 0.05  # share of the gradients; rounding in bfloat16 stays under 0.01
+# Share of the gradients by which compiled ones may differ. Seen: 2e-6 in float32; 0.17 in bfloat16, on a model whose loss
+# is nearly 0, for a single draw; 0.4 where a compiler is wrong.
+COMPILED_ERROR = {torch.float32: 0.02, torch.bfloat16: 0.25, torch.float16: 0.25}
+DRAWS = 3  # of times and noise, over which it is taken
 
 
 class TrainingStep:
@@ -71,7 +74,7 @@ class TrainingStep:
             state.rollout.compile()
             first, again = (seconds_of(lambda: self._probe(self.tandem), device) for _ in range(2))
             print(f"compiled in {first - again:.1f} s")
-            check_compiled(plain, self._gradient_norms())
+            check_compiled(plain, self._gradient_norms(), self.base.dtype)
         arms = {name: Tandem(state.student, self.reference, name) for name in self._strategies()}
         probes = {name: partial(self._probe, arm) for name, arm in arms.items()}
         state.strategy = choose(probes, self._key, device)
@@ -109,25 +112,27 @@ class TrainingStep:
 
     def _probe(self, tandem: Tandem) -> tuple[Tensor, ...]:
         """Forward and backward passes of one micro-batch, which leave no trace."""
-        loss = self._backward(tandem)
+        loss = self._backward(tandem, self.state.counter)
         self.state.optimizer.zero_grad()
         return (loss,)
 
     def _gradient_norms(self) -> Tensor:
-        """Of every trained tensor, after the passes of a probe."""
-        self._backward(self.tandem)
-        found = [weight.grad for weight in self.state.student.trainable.values()]
-        norms = [torch.zeros((), device=self.base.device) if grad is None else grad.float().norm() for grad in found]
-        self.state.optimizer.zero_grad()
+        """Of every trained tensor, for a few draws."""
+        norms = []
+        for draw in range(DRAWS):
+            self._backward(self.tandem, torch.full_like(self.state.counter, draw))
+            grads = [weight.grad for weight in self.state.student.trainable.values()]
+            norms += [self.base.move(torch.zeros(())) if grad is None else grad.float().norm() for grad in grads]
+            self.state.optimizer.zero_grad()
         return torch.stack(norms)
 
-    def _backward(self, tandem: Tandem) -> Tensor:
+    def _backward(self, tandem: Tandem, step: Tensor) -> Tensor:
         size, base = self.config.train_batch_size, self.base
         condition = torch.zeros(size, dtype=torch.int64, device=base.books)
         position = condition + self.config.num_inference_steps // 2  # at the noisiest one the loss is 0
         sample = torch.ones(size, *base.sample_shape, device=base.device)
         batch = Truncated(sample, None if self.reference else sample, position, condition, 0)
-        jumped = self.objective.jump(batch, self.state.counter)
+        jumped = self.objective.jump(batch, step)
         with self._evaluated(tandem, batch, slice(None), jumped, []) as (target, model_output):
             loss = self.objective.loss(jumped, model_output, target)
             loss.backward()
@@ -179,17 +184,18 @@ class TrainingStep:
             yield target, model_output
 
 
-def check_compiled(plain: Tensor, compiled: Tensor) -> None:
+def check_compiled(plain: Tensor, compiled: Tensor, dtype: torch.dtype) -> None:
     """Compilers have bugs that no loss shows: the gradients of compiled networks must be those of the plain ones.
 
     Args:
-        plain, compiled: the norm of every trained tensor's gradient, without and with torch.compile.
+        plain, compiled: the norms of the trained tensors' gradients, without and with torch.compile.
+        dtype: of the networks' arithmetic.
 
     Raises:
         UserError: they differ by more than rounding does.
     """
     difference, whole = (norms.norm().item() for norms in (compiled - plain, plain))
-    if not difference <= COMPILED_ERROR * whole:
+    if not difference <= COMPILED_ERROR[dtype] * whole:
         raise UserError(
             f"compile is on, but torch {torch.__version__} compiles this model wrongly here: its gradients differ by "
             f"{difference:.3g} from those of the plain model, whose norm is {whole:.3g}; leave --compile out"

@@ -3,6 +3,8 @@
 import signal
 from dataclasses import replace
 
+import torch
+
 from selfnpo.checkpoint import write_text
 from selfnpo.cli import run
 from selfnpo.config import TrainConfig, parse_config, to_yaml
@@ -37,12 +39,12 @@ def main(config: TrainConfig) -> int | None:
         prepare_output(config.output_dir, RESULTS, config.overwrite, resume=config.resume_from_checkpoint is not None)
         write_text(config.output_dir / "config.yaml", to_yaml(config))
         status = trainer.run(wait=False)
+        with trainer.closing():
+            return finish(trainer, source, status)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(*needs, error, trainer.last_checkpoint() if trainer else "nothing was written") from error
-    with trainer.closing():
-        return finish(trainer, source, status)
 
 
 def finish(trainer: Trainer, source: Source, status: str) -> int | None:
@@ -57,7 +59,8 @@ def finish(trainer: Trainer, source: Source, status: str) -> int | None:
     negative = save_negative(state, status)
     print(f"negative model: {negative}")
     if source.is_demo:
-        print(demo_report(state, status, compute))
+        with torch.compiler.set_stance("force_eager"):  # in batches of other sizes than those of the training
+            print(demo_report(state, status, compute))
     else:
         if picture := trainer.save_grid():
             print(f"plain samples beside negative-guided ones: {picture}")

@@ -143,6 +143,9 @@ class Trainer:
         with _handled(signal.default_int_handler):
             try:
                 yield
+            except KeyboardInterrupt:
+                print(f"{self.last_checkpoint()}; --resume_from_checkpoint latest makes the results that are missing")
+                raise
             finally:
                 self.writer.wait()
 

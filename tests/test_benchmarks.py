@@ -369,7 +369,9 @@ def test_a_run_in_parts_adds_up(tmp_path, monkeypatch, capsys):
     assert (code, one["parts, run"]) == (budget_run.UNFINISHED, 1)
     assert 0 < one["steps, done"] < 10**5
     (path,) = tmp_path.glob("*/*.json")
-    path.rename(path.with_name(f"2020-01-01-{'a' * 7}.json"))  # the next part is of another day
+    path.rename(path.with_name(f"2020-01-01-{'a' * 7}.json"))  # the next part is of another day, on which it is not first
+    row = {"model": "m", "latents": "1x1", "batch": 4, "sequential, ms": [1.0, 2.0, 3.0]}
+    results.save({"tandem": results.table("tandem", [row], {})}, tmp_path)
     code, both = part(10**6, seconds=2)
     assert (code, both["parts, run"]) == (budget_run.UNFINISHED, 2)
     for name in ("steps, done", "training, s", "start-up, s", "predicted training, s"):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -53,14 +54,18 @@ class Runs:
         self.python.chmod(0o755)
 
     def __call__(self, *arguments: str | Path, **environment: str | Path) -> subprocess.CompletedProcess:
+        # As in the background of a shell.
+        ignored = self.start(*arguments, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), **environment)
+        said = ignored.communicate(timeout=60)
+        return subprocess.CompletedProcess(ignored.args, ignored.returncode, *said)
+
+    def start(self, *arguments: str | Path, preexec_fn=None, **environment: str | Path) -> subprocess.Popen:
         (self.python.parent / "calls").write_text("")
         set_here = {"PYTHON": self.python, "WORK": self.work, "SELFNPO_COMMIT": COMMIT} | environment
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
         command, words = ["bash", self.script, *arguments], {name: str(value) for name, value in set_here.items()}
-        return subprocess.run(
-            command, capture_output=True, text=True, env=inherited | words, timeout=60,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as in the background of a shell
-        )  # fmt: skip
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env=inherited | words, preexec_fn=preexec_fn, **pipes)
 
     def every_call(self) -> list[str]:
         return (self.python.parent / "calls").read_text().splitlines()
@@ -102,7 +107,7 @@ def test_every_part_runs_once_and_most_important_first(run):
     calls = run.calls()
     budget = calls.pop(5)
     seconds = re.fullmatch(rf"-m benchmarks.budget_run --max_seconds=(\d+) --results={run.work}/results", budget)[1]
-    assert 480 < int(seconds) < TOTAL - 30  # time to report
+    assert 400 < int(seconds) < TOTAL - 80  # time for the last checkpoint, and to report
     assert calls == [
         "-m pip install --no-build-isolation --no-deps -e .",
         "-m selfnpo.env",
@@ -194,6 +199,37 @@ def test_a_part_that_outlasts_its_time_and_those_for_which_none_is_left(run, tmp
     assert run.outcomes() == dict.fromkeys(PARTS, "not started") | begun | {"guidance": "passed"}
 
 
+def test_an_interrupt_ends_the_part_that_runs_and_keeps_what_is_known(run):
+    running = run.start(run.out, LASTING="selfnpo.env")
+    while not any("selfnpo.env" in line for line in run.every_call()):
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=30)  # the part would last a minute
+    assert running.returncode == 130
+    assert said.splitlines()[-1] == f"interrupted; what is known so far: {run.out}/gpu.tgz"
+    assert run.outcomes() == {"build": "passed"}
+    assert "work/env.log" in names(run.out / "gpu.tgz")
+
+
+@pytest.mark.parametrize("name", ["link", "site", "warm"])
+def test_a_working_folder_of_any_name_is_archived(run, tmp_path, name):
+    run.work = tmp_path / name
+    if name == "link":
+        (tmp_path / "disk").mkdir()
+        run.work.symlink_to(tmp_path / "disk")
+    assert run(run.out, "env").returncode == 0
+    assert f"{run.work.resolve().name}/env.log" in names(run.out / "gpu.tgz")
+
+
+@pytest.mark.parametrize("file", ["gpu.tgz", "summary.json"])
+def test_results_that_cannot_be_written_are_no_success(run, file):
+    (run.out / file).mkdir(parents=True)
+    done = run(run.out, "env")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith(f"could not all be written; the results are in {run.work}")
+    assert "results:" not in done.stdout
+
+
 def test_a_call_ends_within_ten_minutes():
     table = re.search(r"PARTS='\n(.*?)'", SCRIPT.read_text(), re.DOTALL)[1]
     rows = {name: (int(expected), int(limit)) for name, expected, limit in map(str.split, table.splitlines())}
@@ -214,6 +250,7 @@ def test_a_call_ends_within_ten_minutes():
         (["--dry-run"], {"PYTHON": "/no/python"}, "PYTHON is no interpreter; set it to one"),
         ([], {"NO_GPU": "1"}, "torch finds no GPU here; pass --dry-run to prove paths and options alone"),
         (["/dev/null/out"], {}, "/dev/null/out cannot be made; expected a folder"),
+        ([], {"SELFNPO_COMMIT": 'it"s'}, 'SELFNPO_COMMIT is it"s; expected a hash'),
         ([], {"EARLIER": "/no.tgz"}, "EARLIER is /no.tgz, which cannot be unpacked; expected a gpu.tgz"),
     ],
 )

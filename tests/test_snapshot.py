@@ -133,6 +133,41 @@ def test_sigterm_among_the_results_leaves_the_last_checkpoint(demo, tmp_path, ga
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-12"]
 
 
+def test_an_error_in_the_training_does_not_cost_the_checkpoint_under_way(demo, tmp_path, gate, monkeypatch):
+    trainer = trainer_of(demo, tmp_path)
+
+    def fails():
+        if trainer.state.step == 6:
+            threading.Timer(0.2, gate.set).start()
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return ordinary()
+
+    ordinary, trainer.train_step = trainer.train_step, fails
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        trainer.run()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4"]
+
+
+def test_after_an_interrupt_the_same_trainer_goes_on(demo, tmp_path, gate):
+    trainer = trainer_of(demo, tmp_path)
+    trainer.train_step()
+    trainer._checkpoint()
+    assert gate.begun.wait(60)
+    threading.Timer(0.2, gate.set).start()
+    with pytest.raises(KeyboardInterrupt), trainer.writer:
+        raise KeyboardInterrupt
+    assert trainer.run() == "completed"
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-8", "checkpoint-12"]
+
+
+def test_what_cannot_be_pruned_stays_with_a_note(demo, tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
+    assert trainer_of(demo, tmp_path).run() == "completed"
+    said = "".join(capsys.readouterr())
+    assert f"note: {tmp_path / 'checkpoint-1'} is one too many and could not be deleted: Cannot call rmtree" in said
+
+
 def test_what_is_given_up_leaves_nothing_and_harms_nothing(demo, tmp_path, gate):
     """As by a second Ctrl-C."""
     trainer = trainer_of(demo, tmp_path)

@@ -5,6 +5,7 @@ import torch
 
 from runs import RANKS, settings, start
 from selfnpo.errors import UserError
+from selfnpo.step import check_compiled
 from selfnpo.student import FullWeights, masters
 
 LIKE_A_GPU = {"mixed_precision": "bf16", "compile": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2}
@@ -43,6 +44,16 @@ def test_compiled_code_with_wrong_gradients_is_refused(models, monkeypatch):
     trainer = start(settings(models("stable_diffusion"), compile=True))
     with pytest.raises(UserError, match=r"but torch .* compiles this model wrongly here: its gradients differ by "):
         trainer.step.prepare()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-3), (torch.bfloat16, 0.17)])
+def test_rounding_is_no_wrong_gradient(dtype, error):
+    plain = torch.ones(4)
+    check_compiled(plain, plain * (1 + error), dtype)
+    for wrong in (plain * torch.tensor([1, 1, 1, 0.2]), plain * torch.nan):
+        with pytest.raises(UserError, match="wrongly"):
+            check_compiled(plain, wrong, dtype)
+    check_compiled(plain * 0, plain * 0, dtype)
 
 
 def test_tf32_is_what_the_setting_says(models):
