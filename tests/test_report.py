@@ -46,7 +46,7 @@ def test_every_figure_has_a_unit_and_a_kind():
             assert column.kind in ("", *KINDS)
         names = [(column.name, column.unit) for column in table.columns]
         assert len(names) == len(set(names))
-        assert table.source.startswith(("pytest benchmarks/", "make "))
+        assert table.source.startswith(("pytest benchmarks/", "make ", "python -m benchmarks."))
 
 
 def test_a_file_keeps_the_tables_of_a_day(saved, tmp_path, monkeypatch):

@@ -42,7 +42,6 @@ SHAPES = [
     (2, 3, 1, 1),
     (1, 1, 1, 1),
     (2, 16, 5, 8, 8),
-    (5, 1025),
     (1,),
 ]
 HUGE = (1, 2**31 + 16)  # counted in 64 bits; never filled, and memory that nothing touches is not taken

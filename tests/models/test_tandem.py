@@ -116,7 +116,8 @@ def test_measured_on_this_machine_and_kept_by_a_resumed_run(models, tmp_path, ca
     assert all(tensor.equal(before[name]) for name, tensor in first.state.tensors().items() if name in before)
     assert "reference and student: " in capsys.readouterr().out
     first.state.strategy = other = "shared" if first.state.strategy == "sequential" else "sequential"
-    first._checkpoint()
+    first._checkpoint(final=True)
+    first.writer.wait()
     resumed = start(replace(config, resume_from_checkpoint="latest"), tmp_path / "run")
     resumed.step.prepare()
     assert resumed.step.tandem.strategy == other

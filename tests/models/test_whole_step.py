@@ -1,8 +1,11 @@
 """The whole training step as a GPU takes it (bf16, compiled, channels last, checkpointed, accumulated), on the CPU."""
 
+import shutil
+
 import pytest
 import torch
 
+import tiny
 from runs import RANKS, settings, start
 from selfnpo.errors import UserError
 from selfnpo.step import check_compiled
@@ -11,11 +14,23 @@ from selfnpo.student import FullWeights, masters
 LIKE_A_GPU = {"mixed_precision": "bf16", "compile": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2}
 
 
+@pytest.fixture(scope="module")
+def flat(models, tmp_path_factory):
+    """Stable Diffusion with a single level, which has few kinds of blocks to compile, and 1x1 convolutions."""
+    folder = tmp_path_factory.mktemp("flat") / "stable_diffusion"
+    shutil.copytree(models("stable_diffusion"), folder)
+    level = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tiny.unet(cross_attention_dim=tiny.WIDTH, block_out_channels=(16,), **level).save_pretrained(folder / "unet")
+    return folder
+
+
 @pytest.mark.parametrize("rank", RANKS)
-def test_a_compiled_step_in_bf16_is_the_eager_one_in_float32(models, rank):
+def test_a_compiled_step_in_bf16_is_the_eager_one_in_float32(flat, rank):
     torch._dynamo.reset()
-    config = settings(models("stable_diffusion"), rank=rank, gradient_accumulation_steps=2)
-    plain, compiled = start(config), start(settings(models("stable_diffusion"), rank=rank, **LIKE_A_GPU))
+    config = settings(flat, rank=rank, gradient_accumulation_steps=2)
+    plain, compiled = start(config), start(settings(flat, rank=rank, **LIKE_A_GPU))
     network = compiled.state.student.networks()[0]
     kernels = [weight for weight in network.parameters() if weight.ndim == 4 and weight.shape[2] > 1]
     assert kernels

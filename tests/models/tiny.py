@@ -89,10 +89,13 @@ def autoencoder(factor: float = 0.18215) -> AutoencoderKL:
 
 
 def unet(**options: object) -> UNet2DConditionModel:
+    levels = {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
     return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1, norm_num_groups=8, attention_head_dim=2,
-        **options,
+        sample_size=8, layers_per_block=1, norm_num_groups=8, attention_head_dim=2, **(levels | options)
     )  # fmt: skip
 
 
