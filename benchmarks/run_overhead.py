@@ -60,10 +60,10 @@ def measure(rank: int, folder: Path) -> tuple[dict[str, float], dict[str, int]]:
     seconds["delta"] = seconds_of(state.student.relative_delta, DEVICE)
     for _ in range(2):  # the first time buffers are made
         taken = _held_up(state.beside, "checkpoints", trainer._checkpoint)
-        if writer._thread is None:  # there was no memory to copy to
+        if not writer.fits_twice:
             seconds["waiting"], seconds["copied"] = taken, _copy_seconds(state.tensors())
             break
-        writer._thread.join()
+        writer.done.wait()
         seconds["copied"] = taken + _held_up(state.beside, "checkpoints", writer.wait)  # which adds the device's time
     size = sum(each.nbytes for each in state.tensors().values())
     theta = sum(each.nbytes for each in base.denoiser.parameters())

@@ -40,11 +40,11 @@ class CheckpointWriter:
         self._stream = torch.cuda.Stream(device) if self.on_gpu else None
         self._buffers: dict[str, Tensor] = {}
         self._copied: list[torch.cuda.Event] = []  # before and after a copy, which the device makes between two steps
-        self._done = threading.Event()  # not the thread itself: after a Ctrl-C its `join` may return too early
-        self._done.set()
+        self.done = threading.Event()  # not the thread itself: after a Ctrl-C its `join` may return too early
+        self.done.set()
         self._error: BaseException | None = None
         self._cancelled = threading.Event()
-        self._is_noted = False
+        self.fits_twice = True  # in host memory, as far as is known
 
     def __enter__(self) -> "CheckpointWriter":
         self._cancelled.clear()
@@ -81,14 +81,14 @@ class CheckpointWriter:
             if tensors is None:
                 write()
             else:
-                self._done.clear()
+                self.done.clear()
                 threading.Thread(target=self._in_thread, args=(write,), name="checkpoint").start()
 
     def wait(self) -> None:
         """Until what was begun is on the disk; raises what went wrong there. Ctrl-C gives it up."""
         with self.state.held_up_by("checkpoints"):
             try:
-                self._done.wait()
+                self.done.wait()
             except KeyboardInterrupt:
                 self.cancel()
                 raise
@@ -107,7 +107,7 @@ class CheckpointWriter:
     def cancel(self) -> None:
         """Give up what is being written; the checkpoints before it stay."""
         self._cancelled.set()
-        self._done.wait()
+        self.done.wait()
 
     def _in_thread(self, write: Callable[[], None]) -> None:
         try:
@@ -115,7 +115,7 @@ class CheckpointWriter:
         except BaseException as error:
             self._error = error  # raised where the training asks next
         finally:
-            self._done.set()
+            self.done.set()
 
     def _write(self, folder: Path, tensors: dict[str, Tensor], scalars: dict) -> None:
         with self._aside(), ThreadPoolExecutor(1) as other:
@@ -152,8 +152,8 @@ class CheckpointWriter:
                     name: torch.empty_like(tensor, device="cpu", pin_memory=self.on_gpu) for name, tensor in live.items()
                 }
             except (RuntimeError, MemoryError):
-                if not self._is_noted:
-                    self._is_noted = True
+                if self.fits_twice:
+                    self.fits_twice = False
                     tqdm.write(
                         f"note: the training waits while a checkpoint is written, for its {size / 1e9:.1f} GB do not fit in "
                         "host memory a second time"
