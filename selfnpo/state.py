@@ -45,7 +45,7 @@ class TrainState:
     beside: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("logging", "relative_delta", "checkpoints", "pictures"), 0.0)
     )
-    _moved: tuple[int, float] = (-1, 0.0)  # the last `relative_delta`, with its step
+    moved: tuple[int, float] | None = None  # the last `relative_delta` that was computed, behind its step
 
     @classmethod
     def start(cls, config: TrainConfig, base: PretrainedModel, rollout: Rollout) -> "TrainState":
@@ -71,9 +71,9 @@ class TrainState:
     def relative_delta(self) -> float:
         """||delta|| / ||theta||: how far the student has moved from the base, as a share of its weights."""
         with self.held_up_by("relative_delta"):
-            if self._moved[0] != self.step:
-                self._moved = self.step, self.student.relative_delta()
-            return self._moved[1]
+            if self.moved is None or self.moved[0] != self.step:
+                self.moved = self.step, self.student.relative_delta()
+            return self.moved[1]
 
     @contextmanager
     def held_up_by(self, kind: str) -> Iterator[None]:
@@ -133,7 +133,7 @@ class TrainState:
         self.scaler.load_state_dict(scalars["scaler"])
         for name in _PROGRESS:
             setattr(self, name, scalars[name])
-        self._moved = (-1, 0.0)
+        self.moved = None
         self.beside |= scalars.get("beside", {})  # which older versions did not count
         self.counter.fill_(self.step)
 

@@ -136,7 +136,7 @@ def checkpoint_gradients(config: TrainConfig, model: ModelMixin) -> None:
 
 
 class FullWeights:
-    """All weights are trained. The base stays as it was, where a GPU trains in the host's pinned memory."""
+    """All weights are trained. The base stays as it was; where a GPU trains, in the host's pinned memory."""
 
     def __init__(self, config: TrainConfig, base: PretrainedModel):
         self.base, theta = base, base.denoiser

@@ -77,7 +77,6 @@ class Trainer:
             self._truncate_log()
         self.writer = CheckpointWriter(self.state, output_dir) if output_dir else None
         self._saved_at, self._held_up = self.state.seconds, 0.0  # when the last checkpoint was taken, and for how long
-        self._moved: float | None = None  # the last `relative_delta`
 
     def train_step(self) -> tuple[Tensor, Tensor]:
         """One step of the whole recipe; (loss, gradient norm), not yet synchronised with the host."""
@@ -118,7 +117,7 @@ class Trainer:
                     losses.clear()
                     with state.held_up_by("logging"):
                         log(row)
-                        moved = "" if self._moved is None else f", moved={self._moved:.2%}"
+                        moved = f", moved={state.moved[1]:.2%}" if state.moved else ""
                         progress.set_postfix_str(f"loss={row['loss']:.4f}{moved}")
                     if config.max_relative_delta is not None and row["relative_delta"] >= config.max_relative_delta:
                         ending = "strength reached"
@@ -178,7 +177,6 @@ class Trainer:
         self.meter.sample()
         loss = torch.stack(losses).mean().item()  # waits for the device
         delta = state.relative_delta() if self._looks_at_delta() else None
-        self._moved = self._moved if delta is None else delta
         with state.held_up_by("logging"):
             state.seconds = time.perf_counter() - started
             row = {

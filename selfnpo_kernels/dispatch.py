@@ -103,7 +103,7 @@ def _age(device: torch.device) -> str | None:
 
 # What the kernels take from triton.language beyond its oldest names, and the oldest release that they are tested with.
 TRITON_NAMES = ("add", "cast", "div_rn", "join", "sqrt_rn", "static_range")
-TRITON_FLOOR = (3, 6)
+TRITON_FLOOR = "3.6"
 
 
 @cache
@@ -114,11 +114,13 @@ def triton_failure() -> str | None:
         import triton.language as tl
     except ImportError as error:
         return f"Triton does not import ({error})"
+    remedy = f"pip install 'triton>={TRITON_FLOOR}'"
     missing = [f"triton.language.{name}" for name in TRITON_NAMES if not hasattr(tl, name)]
     if missing:
-        return f"Triton {triton.__version__} has no {missing[0]}; install one that is tested, pip install 'triton>=3.6'"
-    if tuple(map(int, triton.__version__.split(".")[:2])) < TRITON_FLOOR:
-        return f"Triton {triton.__version__} is too old; pip install 'triton>=3.6'"
+        return f"Triton {triton.__version__} has no {missing[0]}; install one that is tested, {remedy}"
+    version, floor = (tuple(map(int, each.split(".")[:2])) for each in (triton.__version__, TRITON_FLOOR))
+    if version < floor:
+        return f"Triton {triton.__version__} is too old; {remedy}"
     return None
 
 

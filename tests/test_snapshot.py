@@ -148,18 +148,6 @@ def test_an_error_in_the_training_does_not_cost_the_checkpoint_under_way(demo, t
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4"]
 
 
-def test_after_an_interrupt_the_same_trainer_goes_on(demo, tmp_path, gate):
-    trainer = trainer_of(demo, tmp_path)
-    trainer.train_step()
-    trainer._checkpoint()
-    assert gate.begun.wait(60)
-    threading.Timer(0.2, gate.set).start()
-    with pytest.raises(KeyboardInterrupt), trainer.writer:
-        raise KeyboardInterrupt
-    assert trainer.run() == "completed"
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-8", "checkpoint-12"]
-
-
 def test_what_cannot_be_pruned_stays_with_a_note(demo, tmp_path, capsys):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
@@ -169,7 +157,7 @@ def test_what_cannot_be_pruned_stays_with_a_note(demo, tmp_path, capsys):
 
 
 def test_what_is_given_up_leaves_nothing_and_harms_nothing(demo, tmp_path, gate):
-    """As by a second Ctrl-C."""
+    """As by a second Ctrl-C, after which the same trainer may go on."""
     trainer = trainer_of(demo, tmp_path)
     save_checkpoint(tmp_path / "checkpoint-1", {"a": torch.ones(1)}, dict)
     trainer.train_step()
@@ -180,6 +168,8 @@ def test_what_is_given_up_leaves_nothing_and_harms_nothing(demo, tmp_path, gate)
         raise KeyboardInterrupt
     assert load_checkpoint(tmp_path / "checkpoint-1")[0]["a"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert trainer.run() == "completed"
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-8", "checkpoint-12"]
 
 
 def test_without_memory_for_a_copy_training_waits_and_the_checkpoint_is_the_same(demo, tmp_path, monkeypatch, capsys):

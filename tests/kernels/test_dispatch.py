@@ -94,6 +94,11 @@ def test_a_triton_that_cannot_run_the_kernels_is_named(monkeypatch):
     assert failure().startswith("Triton does not import (")
 
 
+def test_the_floor_of_triton_is_the_declared_one():
+    declared = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'"triton>={dispatch.TRITON_FLOOR};' in declared
+
+
 def test_every_name_that_the_kernels_take_from_triton_is_checked():
     folder = Path(dispatch.__file__).parent / "triton_kernels"
     used = {name for path in folder.glob("*.py") for name in re.findall(r"\btl\.(\w+)", path.read_text())}

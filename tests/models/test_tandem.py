@@ -162,6 +162,13 @@ def test_impossible_settings_are_said_before_weights_load(tmp_path, capsys, monk
     assert not (tmp_path / "run").exists()
 
 
+def test_a_gpu_that_is_too_old_to_compile_for_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GTX 1080")
+    with pytest.raises(UserError, match="which needs Triton on a GPU of sm_70 or later: GTX 1080 is older than sm_70; inst"):
+        check_feasible(TrainConfig(compile=True), CUDA)
+
+
 def test_a_missing_compiler_is_said(monkeypatch):
     def nothing():
         raise RuntimeError("No working C++ compiler found")
