@@ -18,7 +18,7 @@ test: $(VENV)/installed  ## what CI runs
 
 soak: $(VENV)/installed  ## the slow checks: variants, and many kills in a row
 	$(BIN)/python -m pytest -q -n auto -m slow
-	SELFNPO_KILLS=20 $(BIN)/python -m pytest -q tests/test_trainer.py -k killed
+	SELFNPO_KILLS=20 $(BIN)/python -m pytest -q tests/training/test_trainer.py -k killed
 
 compat: $(VENV)/installed  ## kernel and step tests under the oldest and the newest torch and Triton (20 GB of disk)
 	$(BIN)/python tests/compat.py $(ROWS)

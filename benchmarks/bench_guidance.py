@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from benchmarks.measure import Failures, in_turns, timers
 from benchmarks.workloads import DEVICE, DTYPE, ON_GPU
 from selfnpo import guide
-from selfnpo.meter import matmul_peak
+from selfnpo.device import matmul_peak
 from selfnpo_kernels import cfg_combine
 
 NAME = "SD1.5, 64x64" if ON_GPU else "a fifth as wide as SD1.5, 24x24"

@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks.measure import against_peak, steps
 from benchmarks.workloads import DEVICE, DTYPE, ON_GPU, cogvideox, evaluations, real, sd15, sdxl, train_step
-from selfnpo.meter import PEAKS, Flops, count_flops, matmul_peak, predicted, step_flops
+from selfnpo.budget.cost import PEAKS, Flops, count_flops, predicted, step_flops
+from selfnpo.device import matmul_peak
 
 A800 = PEAKS["A100"]  # the same chip, but for its links to others
 STEPS = 1000

@@ -14,8 +14,9 @@ from benchmarks.measure import against_peak, steps, uncaptured
 from benchmarks.released_loop import ReleasedLoop
 from benchmarks.step_cost import held_bytes, step_cost
 from benchmarks.workloads import DEVICE, DTYPE, ON_GPU, Workload, evaluations, sd15
-from selfnpo.meter import count_flops, matmul_peak, step_flops
-from selfnpo.trainer import Trainer
+from selfnpo.budget.cost import count_flops, step_flops
+from selfnpo.device import matmul_peak
+from selfnpo.training.trainer import Trainer
 
 if not ON_GPU:  # where another setting would miss Inductor's cache
     torch._inductor.config.cpp.enable_kernel_profile = True  # so that compiled loops can be counted

@@ -12,7 +12,7 @@ from torch import multiprocessing
 
 from benchmarks.measure import release, steps, warm
 from benchmarks.workloads import DEVICE, DTYPE, ON_GPU, DoesNotFit, sd15, train_step
-from selfnpo.meter import matmul_peak, seconds_of
+from selfnpo.device import matmul_peak, seconds_of
 
 BATCHES = [1, 4, 20, 40]
 SIDES = [32, 64, 96] if ON_GPU else [8, 16, 32]

@@ -1,4 +1,4 @@
-"""How reference and student share a step (selfnpo/tandem.py), by batch and resolution, for a LoRA, which has all strategies.
+"""How reference and student share a step (selfnpo/training/tandem.py), by batch and resolution, for a LoRA, which has all.
 
 pytest benchmarks/bench_tandem.py --benchmark-only
 """
@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.measure import steps
 from benchmarks.workloads import DEVICE, DTYPE, ON_GPU, sd15, train_step
-from selfnpo.feasible import strategies
-from selfnpo.meter import matmul_peak
+from selfnpo.device import matmul_peak
+from selfnpo.training.supported import strategies
 
 BUDGET = 2 if ON_GPU else 4  # seconds
 

@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 from benchmarks import report, results
 from benchmarks.workloads import evaluations, sd15
+from selfnpo.budget.cost import EFFICIENCY, count_flops, describe, step_flops
 from selfnpo.cli import parse, run
 from selfnpo.config import check
 from selfnpo.errors import UserError
-from selfnpo.meter import EFFICIENCY, count_flops, describe, step_flops
-from selfnpo.results import beside_steps, compute_cost, training_cost
+from selfnpo.export.run_cost import beside_steps, compute_cost, training_cost
 
 UNFINISHED = 75  # exit code: try again
 # What adds up over the parts of a run.

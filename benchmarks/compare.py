@@ -11,9 +11,9 @@ from typing import Any
 
 from benchmarks.results import load
 from benchmarks.tables import key
+from selfnpo.budget.cost import digits
 from selfnpo.cli import run
 from selfnpo.errors import UserError
-from selfnpo.meter import digits
 
 # Shares by which two runs of one commit may differ on a machine that others share. Short calls depend on where their memory
 # comes to lie.

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from benchmarks.workloads import DoesNotFit
-from selfnpo.capture import Replayed
+from selfnpo.budget.cost import EFFICIENCY
+from selfnpo.device import seconds_of
 from selfnpo.errors import first_line
-from selfnpo.meter import EFFICIENCY, seconds_of
+from selfnpo.training.capture import Replayed
 
 CALLS_PER_GRAPH = 10
 SHORTEST = 2e-3  # seconds; on a CPU shorter calls are timed several at once

@@ -21,10 +21,10 @@ from pathlib import Path
 from benchmarks.report import provenance
 from benchmarks.results import RESULTS, UNKNOWN, git, load, newest
 from benchmarks.tables import key, to_markdown
-from selfnpo.checkpoint import write_text
 from selfnpo.cli import run
-from selfnpo.world.evaluation import Evaluation
-from selfnpo.world.report import difference_table
+from selfnpo.demo.evaluation import Evaluation
+from selfnpo.demo.report import difference_table
+from selfnpo.files import write_text
 
 ROOT = Path(__file__).parents[1]
 README, EVALUATION = ROOT / "README.md", ROOT / "docs" / "evaluation" / "evaluation.json"

@@ -14,9 +14,9 @@ from torch.nn.utils import clip_grad_norm_
 
 from selfnpo.config import TrainConfig
 from selfnpo.models import PretrainedModel
-from selfnpo.optimizer import FusedAdamW
 from selfnpo.schedule import make_grid, make_schedule
-from selfnpo.student import FullWeights, converted
+from selfnpo.training.optimizer import FusedAdamW
+from selfnpo.training.student import FullWeights, converted
 
 GUIDANCE_SCALE = 0.0  # w = -1, so that the conditional output has no weight
 DECAY, HUBER_C, STEPS = 0.999, 1e-3, 5

@@ -9,9 +9,9 @@ from benchmarks.plots import PLOTS
 from benchmarks.results import load
 from benchmarks.tables import MEASURED, PREDICTED
 from benchmarks.tables import to_markdown as table_to_markdown
-from selfnpo.checkpoint import write_text
 from selfnpo.cli import run
 from selfnpo.errors import UserError
+from selfnpo.files import write_text
 
 
 def where(environment: dict[str, Any]) -> str:

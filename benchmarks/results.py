@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from benchmarks.tables import TABLES, key, label
-from selfnpo.checkpoint import write_text
-from selfnpo.env import cpu_name, describe
+from selfnpo.device import cpu_name
+from selfnpo.env import describe
 from selfnpo.errors import UserError, first_line
+from selfnpo.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 UNKNOWN, CHANGED = "unknown", "-changed"

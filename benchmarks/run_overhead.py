@@ -20,10 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import report, results
 from benchmarks.tables import to_markdown
 from benchmarks.workloads import DEVICE, ON_GPU, evaluations, real
+from selfnpo.budget.cost import EFFICIENCY, count_flops, step_flops
 from selfnpo.cli import parse, run
 from selfnpo.config import TrainConfig
-from selfnpo.meter import EFFICIENCY, count_flops, matmul_peak, seconds_of, step_flops
-from selfnpo.trainer import DELTA_STEPS, REST, Trainer
+from selfnpo.device import matmul_peak, seconds_of
+from selfnpo.training.trainer import DELTA_STEPS, REST, Trainer
 
 STEPS = 1000
 SMALL = {} if ON_GPU else {"train_batch_size": 1, "resolution": 64, "pool_size": 1, "num_inference_steps": 2}

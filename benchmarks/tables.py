@@ -7,7 +7,7 @@ published (by the paper). In Markdown what is predicted stands in italics.
 from dataclasses import dataclass
 from typing import Any
 
-from selfnpo.meter import EFFICIENCY, digits
+from selfnpo.budget.cost import EFFICIENCY, digits
 
 MEASURED, COUNTED, PREDICTED, PUBLISHED = "measured", "counted", "predicted", "published"
 KINDS = (MEASURED, COUNTED, PREDICTED, PUBLISHED)

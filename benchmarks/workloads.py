@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import published
+from selfnpo.budget.memory import memory_plan
 from selfnpo.config import TrainConfig, preset_config
+from selfnpo.device import default_device, free_memory
 from selfnpo.errors import UserError
-from selfnpo.memory import free_memory, memory_plan
-from selfnpo.models import Conditions, ModelOptions, PretrainedModel, SampleOptions, Source, default_device
-from selfnpo.rollout import DataRollout, Reference
+from selfnpo.models import Conditions, ModelOptions, PretrainedModel, SampleOptions, Source
 from selfnpo.schedule import make_grid
-from selfnpo.trainer import Trainer
+from selfnpo.training.rollout import DataRollout, Reference
+from selfnpo.training.trainer import Trainer
 
 DEVICE = default_device()
 ON_GPU = DEVICE.type == "cuda"

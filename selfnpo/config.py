@@ -90,7 +90,7 @@ class TrainConfig(SampleOptions, ModelOptions):
     """Gradient norm above which gradients are scaled down."""
 
     rollout: Literal["pool", "fresh", "full", "data"] = "pool"
-    """Where training samples come from; see selfnpo/rollout.py."""
+    """Where training samples come from; see selfnpo/training/rollout.py."""
     pool_size: int = 8
     """Trajectories under way in pool mode, in batches; the more, the less alike consecutive batches are."""
     num_inference_steps: Annotated[int, arg(aliases=("--num_ddim_timesteps",))] = 25
@@ -126,7 +126,7 @@ class TrainConfig(SampleOptions, ModelOptions):
     capture: Literal["auto", "on", "off"] = "auto"
     """Replay a training step as one CUDA graph; auto: on a GPU, where the settings allow it."""
     tandem: Literal["auto", "sequential", "streams", "shared"] = "auto"
-    """How reference and student share a step, see selfnpo/tandem.py; auto measures what can run."""
+    """How reference and student share a step, see selfnpo/training/tandem.py; auto measures what can run."""
     checkpointing_minutes: float = 10.0
     """Minutes of training between checkpoints; there is one at the end too."""
     checkpointing_steps: Annotated[int, arg(aliases=("--save_every_n_steps",))] = 0

@@ -1,13 +1,12 @@
 """python -m selfnpo.env: what is installed here and which kernels run. Paste it into a bug report."""
 
 import importlib.metadata
-import os
 import platform
-from pathlib import Path
 
 import torch
 
 from selfnpo.cli import run
+from selfnpo.device import cpu_name
 from selfnpo_kernels import dispatch, extension
 
 PACKAGES = (
@@ -29,20 +28,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def cpu_name() -> str:
-    """Model name, cores and torch threads."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def _gpus() -> str:

@@ -10,20 +10,21 @@ from typing import Literal
 import torch
 from diffusers import ModelMixin
 
-from selfnpo.checkpoint import write_text
 from selfnpo.cli import as_flags, parse, run
 from selfnpo.config import TrainConfig
-from selfnpo.env import cpu_name, describe
+from selfnpo.demo import report
+from selfnpo.demo.base import train_base
+from selfnpo.demo.baselines import ShuffledLabels, random_perturbation
+from selfnpo.demo.evaluation import CFG, SEEDS, SELF_NPO, Evaluation, evaluate
+from selfnpo.demo.metrics import Metrics
+from selfnpo.device import cpu_name
+from selfnpo.env import describe
 from selfnpo.errors import UserError
+from selfnpo.files import write_text
+from selfnpo.inputs.digits import Split, halves
 from selfnpo.models import DEMO, ModelOptions, PretrainedModel, load_negative, load_pretrained
 from selfnpo.output import prepare_output
-from selfnpo.trainer import Trainer
-from selfnpo.world import report
-from selfnpo.world.base import train_base
-from selfnpo.world.baselines import ShuffledLabels, random_perturbation
-from selfnpo.world.data import Split, halves
-from selfnpo.world.evaluation import CFG, SEEDS, SELF_NPO, Evaluation, evaluate
-from selfnpo.world.metrics import Metrics
+from selfnpo.training.trainer import Trainer
 
 Arm = Literal["self-npo", "fresh", "early", "random", "shuffled"]
 RESULTS = ("evaluation.json", "evaluation.md", "precision_recall.png")
@@ -52,7 +53,7 @@ class EvaluateConfig:
     """The base model."""
     split: Split = "final"
     """final: judges from half B. development: judges from half A, for a base made with
-    python -m selfnpo.world.base --split development."""
+    python -m selfnpo.demo.base --split development."""
 
 
 def check(config: EvaluateConfig) -> None:

@@ -1,39 +1,18 @@
-"""python -m selfnpo.merge: arithmetic on weights, theta + alpha eta + beta delta or theta - k delta, written as one model.
+"""python -m selfnpo.merge: theta + alpha eta + beta delta, or theta - k delta, written as one model."""
 
-Weights of folders and hub ids are read, mixed and written one tensor at a time; what diffusers must convert is loaded whole.
-"""
-
-import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from tqdm import tqdm
 
-from selfnpo.checkpoint import committed_folder
 from selfnpo.cli import parse, run
 from selfnpo.errors import UserError
-from selfnpo.lora_files import model_spec
-from selfnpo.mixing import MixOptions, mixed
+from selfnpo.export.merged import CONFIG_FILES, dtype_name, formula, merge, weights_file
+from selfnpo.mixing import MixOptions
 from selfnpo.models import ModelOptions, Source
-from selfnpo.models.lora import is_lora, read_offsets
-from selfnpo.models.origin import SINGLE_FILE, find
 from selfnpo.output import check_output
-
-MAX_SHARD_SIZE = "10GB"  # diffusers' default
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors' headers call them
-OURS = ("config.json", SAFE_WEIGHTS_INDEX_NAME)  # beside the weights
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-Read = Callable[[str], Tensor]  # the weight of that name, in float32
-ReadTuned = Callable[[str, Tensor], Tensor]  # likewise, given the base's
 
 
 @dataclass(frozen=True)
@@ -52,178 +31,6 @@ class MergeConfig(MixOptions, ModelOptions):
     """Replace an earlier result in output_dir."""
 
 
-@torch.no_grad()
-def merge(
-    source: Source,
-    negative: str,
-    folder: Path,
-    *,
-    positive: str | None = None,
-    alpha: float = 1.0,
-    beta: float = 1.0,
-    dtype: torch.dtype | None = None,
-) -> torch.dtype:
-    """Write theta + alpha eta + beta delta as a diffusers folder of the denoiser, in place of `folder`.
-
-    Args:
-        source: theta.
-        negative: theta + delta, full weights or a LoRA for theta: a folder, a hub id or a file.
-        positive: theta + eta, likewise.
-        beta: -k gives theta - k delta.
-        dtype: of the result; by default that of the base's files, float32 where these hold several or must be converted.
-
-    Returns:
-        The dtype of the result.
-
-    Raises:
-        UserError: a model cannot be read, has another architecture or weights that are inf or NaN, or the result does not
-            fit its dtype. `folder` is as before then.
-    """
-    empty, base = source.empty_denoiser(), source.options.pretrained_model_name_or_path
-    shapes = {key: tensor.shape for key, tensor in empty.state_dict().items()}
-    theta, base_dtype = _base(source, shapes)
-    changed = _tuned(source, negative, shapes)
-    tuned = None if positive is None else _tuned(source, positive, shapes)
-    dtype = dtype or base_dtype
-    state = {key: tensor.to(dtype) for key, tensor in empty.state_dict().items()}  # without values, for sizes
-    split = split_torch_state_dict_into_shards(state, filename_pattern=_file("{suffix}"), max_shard_size=MAX_SHARD_SIZE)
-    names = ", ".join(filter(None, (base, negative, positive)))
-    title = f"{formula(alpha, beta, positive is not None)} of {names}"
-    metadata = {"format": "pt"} | model_spec(source.family.architecture, title, merged_from=names)
-
-    def result(key: str) -> Tensor:
-        original = _intact(theta(key), key, base)
-        other = None if tuned is None else _intact(tuned(key, original), key, positive)
-        weight = mixed(original, _intact(changed(key, original), key, negative), other, alpha, beta).to(dtype)
-        if not _is_finite(weight):
-            raise UserError(f"the result's {key} is too large for {_name(dtype)}; pass --dtype bfloat16 or float32")
-        progress.update()
-        return weight
-
-    with (
-        committed_folder(folder.resolve()) as partial,
-        tqdm(total=len(state), desc="merge", unit="tensor", disable=None) as progress,
-    ):
-        empty.save_config(partial)
-        for filename, keys in split.filename_to_tensors.items():
-            _write(partial / filename, {key: state[key] for key in keys}, metadata, result)
-        if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            (partial / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    return dtype
-
-
-def formula(alpha: float, beta: float, has_positive: bool) -> str:
-    """What is written, such as theta + 1 eta + 0.7 delta."""
-    shares = [(alpha, "eta")] * has_positive + [(beta, "delta")]
-    return "theta" + "".join(f" {'-' if share < 0 else '+'} {abs(share):g} {name}" for share, name in shares)
-
-
-def _base(source: Source, shapes: Mapping[str, torch.Size]) -> tuple[Read, torch.dtype]:
-    """The weights of the base, and the dtype in which they are stored."""
-    options = source.options
-    if source.file is None and options.denoiser_name_or_path is None and options.lora_name_or_path is None:
-        files, dtypes = _stored(source.layout, source.subfolder, options, shapes)
-        if dtypes <= DTYPES.keys() and files:
-            return _reader(files), DTYPES[dtypes.pop()] if len(dtypes) == 1 else torch.float32
-    return source.denoiser(torch.float32).state_dict().__getitem__, torch.float32
-
-
-def _tuned(source: Source, name: str, shapes: Mapping[str, torch.Size]) -> ReadTuned:
-    """The weights of a fine-tune of the base: full ones, or the base's own and a LoRA's offsets."""
-    options = replace(source.options, revision=None)  # which is the base's
-    if is_lora(name, options):
-        family, options = source.family, replace(options, lora_name_or_path=name)
-        offsets = read_offsets(source.empty_denoiser(), family.pipeline_class, family.component, options)
-        by_key = {f"{path}.weight": offset for path, offset in offsets.items()}
-        return lambda key, theta: theta + by_key[key].weight() if key in by_key else theta
-    files: dict[str, Path] = {}
-    if not name.endswith(SINGLE_FILE):
-        subfolder = "" if find(name, "config.json", options) else source.component
-        for variant in dict.fromkeys((options.variant, None)):  # the base's, if it has it
-            files = files or _stored(name, subfolder, replace(options, variant=variant), shapes)[0]
-    read = _reader(files) if files else source.replacement(name, torch.float32).state_dict().__getitem__
-    return lambda key, _: read(key)
-
-
-def _stored(
-    origin: str, subfolder: str, options: ModelOptions, shapes: Mapping[str, torch.Size]
-) -> tuple[dict[str, Path], set[str]]:
-    """The file of every weight and the dtypes in them; no files unless they hold these weights, by these names, alone.
-
-    What differs, as files of older versions of diffusers do, is left to diffusers to load, or to refuse.
-    """
-    found: dict[str, Path] = {}
-    got, dtypes = {}, set()
-    try:
-        for path in _weight_files(origin, subfolder, options):
-            with safe_open(path, "pt") as file:
-                keys = file.keys()
-                for key in keys:
-                    part = file.get_slice(key)
-                    found[key], got[key] = path, torch.Size(part.get_shape())
-                    dtypes.add(part.get_dtype())
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        return {}, set()
-    return (found, dtypes) if got == shapes else ({}, set())
-
-
-def _weight_files(origin: str, subfolder: str, options: ModelOptions) -> list[Path]:
-    """The safetensors files of a denoiser; those that exist."""
-    where, variant = f"{subfolder}/".lstrip("/"), f".{options.variant}" if options.variant else ""
-    index = find(origin, where + SAFE_WEIGHTS_INDEX_NAME.removesuffix(".json") + f"{variant}.json", options)
-    names = {_file(variant)} if index is None else set(json.loads(index.read_text())["weight_map"].values())
-    return [path for name in sorted(names) if (path := find(origin, where + name, options))]
-
-
-def _file(suffix: str) -> str:
-    """diffusion_pytorch_model.fp16.safetensors of .fp16."""
-    return f"{SAFETENSORS_WEIGHTS_NAME.removesuffix(SINGLE_FILE)}{suffix}{SINGLE_FILE}"
-
-
-def _reader(files: Mapping[str, Path]) -> Read:
-    """Maps a file into memory for as long as one of its tensors is held."""
-
-    def read(key: str) -> Tensor:
-        with safe_open(files[key], "pt") as file:
-            return file.get_tensor(key).float()
-
-    return read
-
-
-def _is_finite(weight: Tensor) -> bool:
-    return all(map(torch.isfinite, weight.aminmax()))  # in which a NaN shows, without a copy
-
-
-def _intact(weight: Tensor, key: str, name: str) -> Tensor:
-    if not _is_finite(weight):
-        raise UserError(f"{name} holds weights that are inf or NaN, such as {key}; restore them from an intact copy")
-    return weight
-
-
-def _write(path: Path, like: Mapping[str, Tensor], metadata: dict[str, str], result: Read) -> None:
-    """A safetensors file of tensors of one dtype, one at a time: the length of the header, the header, the data.
-
-    Args:
-        like: shapes and dtype, in the order of the data.
-        result: gives each tensor when its turn comes.
-    """
-    header, end = {"__metadata__": metadata}, 0
-    for key, tensor in like.items():
-        start, end = end, end + tensor.nbytes
-        header[key] = {"dtype": NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for key in like:
-            file.write(result(key).flatten().view(torch.uint8).numpy())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def check(config: MergeConfig) -> None:
     k = config.extrapolate
     if k is not None:
@@ -234,7 +41,9 @@ def check(config: MergeConfig) -> None:
     config.check_shares([config.beta])
     folder = config.output_dir
     check_output(folder, config.overwrite)
-    others = sorted(path.name for path in folder.glob("*") if not path.match(_file("*")) and path.name not in OURS)
+    others = sorted(
+        path.name for path in folder.glob("*") if not path.match(weights_file("*")) and path.name not in CONFIG_FILES
+    )
     if others:
         raise UserError(f"output_dir {folder} holds {others[0]}, which is of something else; choose another folder")
 
@@ -249,7 +58,7 @@ def main(config: MergeConfig) -> None:
     use = "--negative" if k is None else "--denoiser_name_or_path"
     opens = f"{source.family.denoiser_class.__name__}.from_pretrained('{folder}')"
     what = formula(config.alpha, beta, positive is not None)
-    print(f"written to {folder}: {what} in {_name(dtype)}; use it with {use} {folder} or {opens}")
+    print(f"written to {folder}: {what} in {dtype_name(dtype)}; use it with {use} {folder} or {opens}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """The folder of a run: what is in it, and when it may be written."""
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
-from selfnpo.checkpoint import list_checkpoints
 from selfnpo.errors import UserError
+
+# What a training run writes beside its checkpoints.
+RESULTS = ("negative", "config.yaml", "metrics.json", "log.jsonl", "comparison.png", "report.md", "samples", "tensorboard")
 
 
 def check_output(folder: Path, overwrite: bool, resume: bool = False) -> None:
@@ -37,3 +40,9 @@ def prepare_output(folder: Path, results: tuple[str, ...], overwrite: bool, resu
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written: {error.strerror or error}; choose another") from error
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Committed checkpoints, oldest first."""
+    found = {int(match[1]): path for path in output_dir.glob("*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    return [found[step] for step in sorted(found)]

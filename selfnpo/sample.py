@@ -11,15 +11,15 @@ from tyro.conf import arg
 
 from selfnpo.cli import parse, run
 from selfnpo.config import Precision, dtype_of, preset_config
-from selfnpo.decode import decode_frames, decode_samples
 from selfnpo.errors import UserError
 from selfnpo.mixing import MixOptions
 from selfnpo.models import ModelOptions, SampleOptions, Source, load_negative, load_pretrained
-from selfnpo.picture import save_comparison, save_table
-from selfnpo.sampling import plain_guidance, start_noise
+from selfnpo.sampling.ddim import plain_guidance, start_noise
+from selfnpo.sampling.decode import decode_frames, decode_samples
+from selfnpo.sampling.picture import save_comparison, save_table
+from selfnpo.sampling.sweep import sweep
+from selfnpo.sampling.video import SUFFIXES, check_video, save_video, to_bytes
 from selfnpo.schedule import make_grid
-from selfnpo.sweep import sweep
-from selfnpo.video import SUFFIXES, check_video, save_video, to_bytes
 
 
 @dataclass(frozen=True)

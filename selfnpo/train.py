@@ -5,19 +5,24 @@ from dataclasses import replace
 
 import torch
 
-from selfnpo.checkpoint import write_text
+from selfnpo.budget.advice import out_of_memory, shortage
+from selfnpo.budget.cost import count_flops, describe
+from selfnpo.budget.memory import memory_plan
 from selfnpo.cli import run
 from selfnpo.config import TrainConfig, parse_config, to_yaml
-from selfnpo.data import load_base, read_data
-from selfnpo.feasible import check_feasible
-from selfnpo.hub import create_repo, upload
-from selfnpo.memory import is_out_of_memory, memory_plan, out_of_memory, shortage
-from selfnpo.meter import count_flops, describe
-from selfnpo.models import Source, default_device
-from selfnpo.output import check_output, prepare_output
-from selfnpo.results import RESULTS, beside_steps, compute_cost, demo_report, save_metrics, save_negative
+from selfnpo.demo.run_report import demo_report
+from selfnpo.device import default_device
+from selfnpo.errors import is_out_of_memory
+from selfnpo.export.hub import create_repo, upload
+from selfnpo.export.negative import save_negative
+from selfnpo.export.run_cost import beside_steps, compute_cost, save_metrics
+from selfnpo.files import write_text
+from selfnpo.inputs.data import load_base, read_data
+from selfnpo.models import Source
+from selfnpo.output import RESULTS, check_output, prepare_output
 from selfnpo.schedule import make_grid
-from selfnpo.trainer import Trainer
+from selfnpo.training.supported import check_feasible
+from selfnpo.training.trainer import Trainer
 
 
 def main(config: TrainConfig) -> int | None:

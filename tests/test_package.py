@@ -40,7 +40,7 @@ def test_the_wheel_holds_the_extension_and_the_demo_without_network_or_torch(tmp
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("selfnpo_kernels/_C.") and name.endswith(".so") for name in names)
     weights = [info for info in zipfile.ZipFile(wheel).infolist() if info.filename.endswith(".safetensors")]
-    assert [info.filename for info in weights] == ["selfnpo/world/weights/transformer/diffusion_pytorch_model.safetensors"]
+    assert [info.filename for info in weights] == ["selfnpo/demo/weights/transformer/diffusion_pytorch_model.safetensors"]
     assert weights[0].file_size < 2_000_000
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"selfnpo", "selfnpo_kernels"}
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")

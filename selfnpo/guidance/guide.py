@@ -24,7 +24,7 @@ from selfnpo.guidance.low_rank import LowRank
 from selfnpo.guidance.whole_weights import WholeWeights
 from selfnpo.mixing import mixed
 from selfnpo.models.change import Change, read_change
-from selfnpo.models.lora import Offset
+from selfnpo.models.lora.read import Offset
 
 DENOISERS = ("unet", "transformer")  # their names in pipelines
 REFUSED = {

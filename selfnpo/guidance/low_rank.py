@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from selfnpo.guidance.branches import Branches, Forward, Part, base_layers, check_projections
-from selfnpo.models.lora import Offset
+from selfnpo.models.lora.read import Offset
 
 Shares = list[tuple[Mapping[str, Offset], float]]
 """Offsets by the path of their layer, and how much of each."""

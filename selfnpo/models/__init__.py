@@ -1,8 +1,9 @@
 """Families of diffusion models behind one interface (family.py), and how they are loaded (source.py, loading.py)."""
 
+from selfnpo.device import default_device
 from selfnpo.models.demo import DEMO, DEMO_FOLDER
 from selfnpo.models.family import Family, SampleOptions
-from selfnpo.models.loading import default_device, load_negative, load_pretrained
+from selfnpo.models.loading import load_negative, load_pretrained
 from selfnpo.models.origin import ModelOptions
 from selfnpo.models.pretrained import Conditions, PretrainedModel
 from selfnpo.models.source import FAMILIES, Source

@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
 from selfnpo.models.denoiser import check_same_architecture, empty_denoiser, load_replacement
-from selfnpo.models.lora import Offset, is_lora, read_offsets
+from selfnpo.models.lora.read import Offset, is_lora, read_offsets
 from selfnpo.models.origin import ModelOptions
 
 Change = Mapping[str, Tensor] | Mapping[str, Offset]

@@ -4,19 +4,20 @@ import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
 from tqdm import tqdm
 
+from selfnpo.device import default_device
 from selfnpo.errors import UserError
 from selfnpo.models.family import SampleOptions
-from selfnpo.models.lora import is_lora, merge_lora
+from selfnpo.models.lora.read import is_lora, merge_lora
 from selfnpo.models.origin import ModelOptions
 from selfnpo.models.pretrained import Conditions, PretrainedModel
 from selfnpo.models.source import Source
-from selfnpo.prompts import too_long
 
 ENCODE_BATCH = 16
 SHARE_OF_DEVICE = 0.1  # of its free memory, which encoded prompts may take; beyond, they are streamed from the host
@@ -56,10 +57,6 @@ def load_pretrained(
     denoiser = source.denoiser(weights_dtype).to(weights_device or device)
     padding = source.family.padding(source.config, sizes)
     return PretrainedModel(source.family, denoiser, scheduler, conditions, sample_shape, device, dtype, source, padding)
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def load_negative(name_or_path: str | Path, base: PretrainedModel) -> ModelMixin:
@@ -155,3 +152,10 @@ def _encode(
             got = list(rows[name].shape[1:])
             raise UserError(f"the text encoder of {source.layout} gives {name} of {got}, the denoiser takes {list(shape)}")
     return rows
+
+
+def too_long(prompts: Sequence[str], tokenizer: Any, max_length: int) -> int:
+    """How many prompts have more than `max_length` tokens, special ones included."""
+    if not prompts:
+        return 0  # tokenizers take no empty list
+    return sum(len(ids) > max_length for ids in tokenizer(list(prompts), truncation=False, verbose=False).input_ids)

@@ -29,7 +29,7 @@ from selfnpo.models.denoiser import (
     shapes_of,
 )
 from selfnpo.models.family import Config, Family
-from selfnpo.models.lora import merge_lora
+from selfnpo.models.lora.read import merge_lora
 from selfnpo.models.origin import (
     SINGLE_FILE,
     ModelOptions,

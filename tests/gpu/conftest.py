@@ -5,9 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from models import runs, tiny
+import runs
+import tiny
 from selfnpo.models import DEMO
-from selfnpo.trainer import Trainer
+from selfnpo.training.trainer import Trainer
 
 Losses = list[float]
 

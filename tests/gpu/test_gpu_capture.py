@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.runs import RANKS
-from selfnpo.student import masters
-from selfnpo.trainer import Trainer
+from runs import RANKS
+from selfnpo.training.student import masters
+from selfnpo.training.trainer import Trainer
 from selfnpo_kernels import join_weights
 
 pytestmark = pytest.mark.gpu

@@ -7,9 +7,10 @@ import pytest
 import torch
 from test_gpu_economy import no_waiting
 
-from models.runs import RANKS, assert_same_state, start
-from selfnpo import snapshot
-from selfnpo.checkpoint import list_checkpoints, load_checkpoint
+from runs import RANKS, assert_same_state, start
+from selfnpo.output import list_checkpoints
+from selfnpo.training import snapshot
+from selfnpo.training.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.gpu
 

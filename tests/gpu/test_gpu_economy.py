@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from models.runs import RANKS
+from runs import RANKS
 
 pytestmark = pytest.mark.gpu
 

@@ -5,9 +5,8 @@ import re
 import pytest
 import torch
 
-from selfnpo.attention import NAMES
-from selfnpo.meter import Meter, matmul_peak
-from selfnpo.models import default_device
+from selfnpo.device import Meter, default_device, matmul_peak
+from selfnpo.training.attention import NAMES
 
 pytestmark = pytest.mark.gpu
 

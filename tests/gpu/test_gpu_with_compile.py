@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.runs import RANKS
+from runs import RANKS
 
 pytestmark = pytest.mark.gpu
 

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from cases import DTYPES, OPS, channels_last, inputs
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
@@ -26,6 +25,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import selfnpo_kernels
+from cases import DTYPES, OPS, channels_last, inputs
 from selfnpo_kernels import dispatch, philox_normal
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from cases import DTYPES, OPS, SEED, SITE, STEP, assert_accurate, channels_last, in_double, inputs
 from test_cuda_on_cpu import at_odd_address
 from test_registration import CHECKS, GRADIENTS, NAMES, registered
 from torch.utils._pytree import tree_map_only
 
 import selfnpo_kernels
+from cases import DTYPES, OPS, SEED, SITE, STEP, assert_accurate, channels_last, in_double, inputs
 from selfnpo_kernels import backend, dispatch, fused_adamw_, join_weights, philox_normal, reference, split_weights
 
 pytestmark = pytest.mark.gpu

@@ -11,8 +11,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from cases import inputs
 
+from cases import inputs
 from selfnpo_kernels import backend, dispatch, extension, forward_jump, reference, tweedie
 
 

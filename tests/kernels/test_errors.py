@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import inputs
 
+from cases import inputs
 from selfnpo_kernels import cfg_combine, forward_jump, fused_adamw_, guided_step, philox_normal, tweedie, x0_loss
 
 NAN = float("nan")

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import channels_last, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from triton_words import words_kernel
 
+from cases import channels_last, inputs
 from selfnpo_kernels import backend, forward_jump, philox_normal, philox_uniform, reference
 from selfnpo_kernels.philox import philox_4x32
+from triton_words import words_kernel
 
 ROOT = Path(__file__).parents[2]
 MASK = 0xFFFFFFFF

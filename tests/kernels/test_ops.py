@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import DTYPES, OPS, SHAPES, assert_accurate, channels_last, in_double, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import selfnpo_kernels
+from cases import DTYPES, OPS, SHAPES, assert_accurate, channels_last, in_double, inputs
 from selfnpo_kernels import backend, cfg_combine, forward_jump, guided_step, reference, tweedie, x0_loss
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import OPS, channels_last, inputs
 
 import selfnpo_kernels
+from cases import OPS, channels_last, inputs
 from selfnpo_kernels import forward_jump, fused_adamw_, guided_step, philox_normal, x0_loss
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -17,10 +17,10 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 import tiny
 from original_format import save_single_file
-from selfnpo.decode import decode_frames, decode_samples
 from selfnpo.errors import UserError
 from selfnpo.models import ModelOptions, SampleOptions, Source, load_negative, load_pretrained
-from selfnpo.sampling import ddim_sample, start_noise
+from selfnpo.sampling.ddim import ddim_sample, start_noise
+from selfnpo.sampling.decode import decode_frames, decode_samples
 
 PROMPTS = ["a lighthouse in a storm", "two cats"]
 SCALE, STEPS = 4.0, 10

@@ -9,11 +9,13 @@ from diffusers.utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict
 
 from benchmarks import published
-from selfnpo.adapters import STUDENT, add_lora, lora_config
+from selfnpo.budget.memory import memory_plan
+from selfnpo.budget.meta import call_on_meta
 from selfnpo.config import PRESETS, TrainConfig, parse_config
-from selfnpo.memory import call_on_meta, memory_plan
 from selfnpo.models import ModelOptions, SampleOptions, Source
+from selfnpo.models.lora.adapters import STUDENT, add_lora
 from selfnpo.schedule import make_grid, make_schedule
+from selfnpo.training.student import lora_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 1 << 30

@@ -1,0 +1,117 @@
+"""What a run costs: FLOPs counted on the meta device, hours, energy, utilisation.
+
+FLOPs are two per multiply-add, of matrix products, convolutions and attention, with what gradient checkpointing computes
+again. Elementwise operations and the optimizer are not counted.
+"""
+
+import math
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from selfnpo.budget.meta import call_on_meta, make_trainable
+from selfnpo.config import TrainConfig
+from selfnpo.models import Source
+
+PEAKS = {"A100": 312e12, "H100": 990e12, "H200": 990e12}  # FLOP/s of dense bf16 products, from the data sheets
+# Share of these that a prediction assumes: the record for a UNet in training, Stable Diffusion v2's in MLPerf Training v4.0,
+# with 127.5 samples/s on an H100, 307 TFLOP/s.
+EFFICIENCY = 0.31
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Per sample."""
+
+    forward: int  # one forward pass of the denoiser
+    training: int  # forward and backward pass of the student
+
+
+def count_flops(config: TrainConfig, source: Source) -> Flops:
+    """What the networks of a run compute, counted without weights.
+
+    Raises:
+        UserError: a size that the model cannot have, or a LoRA that does not fit its layers.
+    """
+    model = source.empty_denoiser()
+    shape = source.family.sample_shape(source.config, source.scale, config)
+
+    def call() -> Tensor:
+        return call_on_meta(source, model, shape, 1, config)
+
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        call()
+    make_trainable(config, source, model)
+    with FlopCounterMode(display=False) as training:
+        call().sum().backward()
+    return Flops(forward.get_total_flops(), training.get_total_flops())
+
+
+def step_flops(config: TrainConfig, flops: Flops, evaluations_per_sample: float) -> float:
+    """FLOPs of one optimizer step, with that many guided evaluations of the reference per sample."""
+    branches = 1 if config.rollout_guidance_scale in (0, 1) else 2
+    return config.total_batch_size * (flops.training + evaluations_per_sample * branches * flops.forward)
+
+
+def cost_of_compute(device: torch.device, seconds: float, flops_done: float, peak: float) -> dict[str, float]:
+    """Hours, and the speed beside `peak`, the FLOP/s of `matmul_peak`."""
+    achieved = flops_done / seconds
+    return {
+        "gpu_hours" if device.type == "cuda" else "cpu_hours": seconds / 3600,
+        "tflops": achieved / 1e12,
+        "fraction_of_matmul_peak": achieved / peak,
+        "matmul_peak_tflops": peak / 1e12,
+    }
+
+
+def predicted(run_flops: float) -> dict[str, float]:
+    """Hours that a run of that many FLOPs would take on some GPUs at the assumed EFFICIENCY: predicted, not measured."""
+    return {gpu: run_flops / (EFFICIENCY * peak) / 3600 for gpu, peak in PEAKS.items()}
+
+
+def describe(cost: dict[str, Any]) -> str:
+    """The closing lines of a run.
+
+    Args:
+        cost: what `cost_of_compute` and `Meter.report` return, `samples_per_second`, and where no GPU was at hand
+            `predicted_gpu_hours`, which `predicted` returns.
+    """
+    kind = "GPU" if "gpu_hours" in cost else "CPU"
+    share = f"{_percent(cost['fraction_of_matmul_peak'])} of the matmul peak measured in this run"
+    parts = [
+        _duration(cost[f"{kind.lower()}_hours"], kind),
+        f"{digits(cost['samples_per_second'])} samples/s",
+        f"{_with_prefix(cost['tflops'] * 1e12, 'FLOP/s')} ({share})",
+    ]
+    if cost["energy_wh"] is not None:
+        parts.append(_with_prefix(cost["energy_wh"], "Wh"))
+    if cost["gpu_utilisation"] is not None:
+        parts.append(f"GPU busy {_percent(cost['gpu_utilisation'])}")
+    lines = [", ".join(parts)]
+    if cost.get("predicted_gpu_hours"):
+        hours = (f"{_duration(hours, 'GPU')} on an {gpu}" for gpu, hours in cost["predicted_gpu_hours"].items())
+        lines.append(f"predicted at {_percent(EFFICIENCY)} of peak: {', '.join(hours)}")
+    return "\n".join(lines)
+
+
+def digits(value: float, count: int = 3) -> str:
+    """That many significant digits, never with an exponent."""
+    return f"{Decimal(f'{value:.{count}g}'):f}"
+
+
+def _percent(share: float) -> str:
+    return f"{digits(100 * share, 2)} %"
+
+
+def _duration(hours: float, kind: str) -> str:
+    return f"{digits(hours)} {kind}-hours" if hours >= 0.001 else f"{digits(hours * 3600)} {kind}-seconds"
+
+
+def _with_prefix(value: float, unit: str) -> str:
+    """With the prefix, from milli to tera, that leaves a number from 1 to 1000."""
+    power = min(max(math.floor(math.log10(value) / 3), -1), 4) if value else 0
+    return f"{digits(value / 1000**power)} {('m', '', 'k', 'M', 'G', 'T')[power + 1]}{unit}"

@@ -1,0 +1,89 @@
+"""The demo's base model, and the command that made the weights shipped in selfnpo/demo/weights.
+
+python -m selfnpo.demo.base --output_dir selfnpo/demo/weights --overwrite
+
+A class-conditional DiT whose one patch is the whole 8x8 image: a residual network of 436 thousand parameters, deliberately
+small, so that it has visible faults as every large model has and trains in a minute on a CPU.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+from torch.nn import functional as F
+from tqdm import trange
+
+from selfnpo.cli import parse, run
+from selfnpo.errors import UserError
+from selfnpo.files import committed_folder
+from selfnpo.inputs.digits import Split, halves
+from selfnpo.output import prepare_output
+from selfnpo.schedule import make_schedule
+
+NULL_LABEL = 10
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Train the demo's base model on one half of the digits."""
+
+    output_dir: Path
+    """Folder to write: transformer/ and scheduler/."""
+    overwrite: bool = False
+    """Replace an earlier model in output_dir."""
+    split: Split = "final"
+    """final: train on half A, the shipped model; development: train on half B, to choose settings with."""
+    max_train_steps: int = 3000
+    """Optimizer steps."""
+    seed: int = 0
+    """Seed of initialisation, batches and noise."""
+
+
+def make_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(beta_schedule="linear", timestep_spacing="trailing", clip_sample=False)
+
+
+def train_base(split: Split, steps: int, seed: int) -> DiTTransformer2DModel:
+    """The exponential moving average after `steps` steps of ordinary denoising training with label dropout."""
+    digits, _ = halves(split)
+    schedule = make_schedule(make_scheduler())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DiTTransformer2DModel(
+            num_attention_heads=6, attention_head_dim=16, num_layers=2, sample_size=8, patch_size=8, in_channels=1,
+            out_channels=1, num_embeds_ada_norm=NULL_LABEL, norm_num_groups=1,
+        )  # fmt: skip
+        model.eval()  # diffusers' own label dropout is off; the null label is drawn below
+        average = copy.deepcopy(model).requires_grad_(False)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2, fused=True)
+        for step in trange(steps, desc="base", unit="step", disable=None):
+            optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 100)
+            batch, t = torch.randint(len(digits.labels), (128,)), torch.randint(1000, (128,))
+            noise, images = torch.randn(128, 1, 8, 8), digits.images[batch]
+            alpha, sigma = (c[t].float()[:, None, None, None] for c in (schedule.alpha, schedule.sigma))
+            labels = torch.where(torch.rand(128) < 0.1, NULL_LABEL, digits.labels[batch])
+            output = model(alpha * images + sigma * noise, t, class_labels=labels, return_dict=False)[0]
+            F.mse_loss(output, noise).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            decay = min(0.999, (1 + step) / (10 + step))
+            torch._foreach_lerp_([*average.parameters()], [p.detach() for p in model.parameters()], 1 - decay)
+    return average
+
+
+def main(config: BaseConfig) -> None:
+    if config.max_train_steps < 1:
+        raise UserError(f"max_train_steps is {config.max_train_steps}; expected a positive number, such as 3000")
+    prepare_output(config.output_dir, ("transformer", "scheduler"), config.overwrite)
+    model = train_base(config.split, config.max_train_steps, config.seed)
+    for name, part in (("transformer", model), ("scheduler", make_scheduler())):
+        with committed_folder(config.output_dir / name) as folder:
+            part.save_pretrained(folder)
+    print(f"base model: {config.output_dir}")
+
+
+if __name__ == "__main__":
+    run(lambda: main(parse(BaseConfig)))

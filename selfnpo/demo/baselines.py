@@ -1,0 +1,39 @@
+"""Other negative models of the demo, so that a gain can be told from what any weaker model would give."""
+
+import copy
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+
+from selfnpo.inputs.digits import Digits
+from selfnpo.randomness import Site, draw_index
+from selfnpo.training.rollout import Truncated, WholeRollout
+from selfnpo_kernels import philox_normal
+
+
+def random_perturbation(base: ModelMixin, negative: ModelMixin, seed: int) -> ModelMixin:
+    """The base moved in a random direction, every parameter tensor as far as the fine-tuning moved it."""
+    perturbed = copy.deepcopy(base)
+    with torch.no_grad():
+        for index, (theta, trained) in enumerate(zip(perturbed.parameters(), negative.parameters(), strict=True)):
+            ids = torch.zeros(1, dtype=torch.int64, device=theta.device)
+            noise = philox_normal((1, theta.numel()), seed, index, Site.PERTURBATION, ids).reshape(theta.shape)
+            theta += noise * ((trained - theta).norm() / noise.norm())
+    return perturbed
+
+
+class ShuffledLabels(WholeRollout):
+    """Ordinary diffusion training on real images under labels drawn at random: a rollout that never evaluates anything."""
+
+    def __init__(self, digits: Digits, batch_size: int, seed: int, num_inference_steps: int):
+        self.digits, self.seed = digits, seed
+        self.ids = torch.arange(batch_size)
+        self.position = torch.full((batch_size,), num_inference_steps)  # the clean end of the grid
+        self.tensors: dict[str, Tensor] = {}
+
+    def draw(self, denoiser: nn.Module, step: int) -> Truncated:
+        image = draw_index(0, len(self.digits.images), self.seed, step, Site.IMAGE, self.ids)
+        label = draw_index(0, 10, self.seed, step, Site.CONDITION, self.ids)
+        images = self.digits.images[image].to(next(denoiser.parameters()).device)
+        return Truncated(images, images, self.position, label, 0)

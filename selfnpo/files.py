@@ -1,0 +1,77 @@
+"""Files and folders that are either whole or absent, and the header of tensors that are written one by one."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from selfnpo.errors import UserError
+
+PARTIAL = ".partial"
+DTYPES = {  # by their names in the headers of safetensors files
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file as a whole."""
+    with committed_file(path) as partial:
+        partial.write_text(text)
+
+
+@contextlib.contextmanager
+def committed_file(path: Path) -> Iterator[Path]:
+    """A name of the same suffix to write to; it takes the place of `path` when the block ends well, and vanishes if not."""
+    partial = path.with_name(f"{PARTIAL}-{path.name}")
+    try:
+        yield partial
+        _flush(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def committed_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill; it takes the place of `folder` when the block ends well, and vanishes otherwise."""
+    partial = folder.with_name(f".{folder.name}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            _flush(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.replace(folder)
+        _flush(folder.parent)
+    except OSError as error:
+        raise UserError(f"{folder} could not be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def tensors_header(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """The beginning of a safetensors file, behind which the data of `tensors` follow in their order: where safetensors' own
+    `save_file` wants all of them at once, a writer may fetch one after the other."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, end = {} if metadata is None else {"__metadata__": metadata}, 0
+    for key, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[key] = {"dtype": names[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,83 @@
+"""Truncated diffusion fine-tuning: from truncated rollouts to a loss.
+
+x_s is diffused from x_t and never from the target: the target is a mean over many possible x_0, and noising a mean would
+leave the model's own distribution.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selfnpo.models import PretrainedModel
+from selfnpo.randomness import Site, draw_index
+from selfnpo.schedule import Grid, Schedule, jump_rows, loss_rows
+from selfnpo.training.rollout import Truncated
+from selfnpo_kernels import forward_jump, philox_uniform, x0_loss
+
+
+@dataclass(frozen=True)
+class Jumped:
+    """What the student is asked, and how its answer is judged."""
+
+    sample: Tensor  # x_s [B, ...]
+    timesteps: Tensor  # [B]
+    condition: Tensor  # [B]
+    rows: Tensor  # of x0_loss, [B, 3]
+
+
+class TruncatedObjective:
+    """|| target - f_theta(x_s, s, c) ||^2, or its Huber form, with s drawn uniformly from the times noisier than t."""
+
+    def __init__(
+        self,
+        base: PretrainedModel,
+        schedule: Schedule,
+        grid: Grid,
+        *,
+        kind: str,
+        weighting: str,
+        huber_c: float,
+        condition_dropout: float,
+        seed: int,
+    ):
+        self.base, self.kind, self.huber_c, self.condition_dropout = base, kind, huber_c, condition_dropout
+        self.timesteps = schedule.timesteps.float().to(base.device)
+        # Position N is the clean sample (alpha 1, sigma 0), where full rollouts end.
+        alpha = torch.cat((grid.alpha[:-1], grid.alpha.new_ones(1)))
+        sigma = torch.cat((grid.sigma[:-1], grid.sigma.new_zeros(1)))
+        self.jump_rows, self.first = (table.to(base.device) for table in jump_rows(schedule, alpha, sigma))
+        self.loss_rows = loss_rows(schedule, weighting).to(base.device)
+        self.seed, self.seed_on_host = (torch.full((1,), seed, device=device) for device in (base.device, "cpu"))
+
+    def jump(self, batch: Truncated, step: int | Tensor, part: slice = slice(None)) -> Jumped:
+        """x_s and all that goes with it, for one batch or a part of it; `step` keys its noise."""
+        position = self.base.move(batch.position[part])
+        ids = torch.arange(len(batch.sample), device=self.base.device)[part]
+        timesteps, jump_rows, rows = self.times(position, step, ids)
+        x_s = forward_jump(batch.sample[part], jump_rows, self.seed, step, ids, Site.JUMP_NOISE)
+        ids = torch.arange(len(batch.sample), device=batch.condition.device)[part]
+        return Jumped(x_s, timesteps, self.dropped(batch.condition[part], step, ids), rows)
+
+    def compile(self) -> None:
+        """The draws, which are many small operations on few numbers."""
+        self.times, self.dropped = (torch.compile(each, dynamic=False) for each in (self.times, self.dropped))
+
+    def times(self, position: Tensor, step: int | Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Timesteps s `[B]`, drawn for grid `position` `[B]`, with the rows of the jump and of the loss."""
+        first, last = self.first[position], len(self.timesteps)
+        s = draw_index(first, last, self.seed, step, Site.JUMP_TIME, ids)
+        # The noisiest time has no noisier one: such a trajectory only advances, its loss is an ordinary row of zeros.
+        trainable = first < last
+        s = torch.where(trainable, s, last - 1)
+        return self.timesteps[s], self.jump_rows[position, s], self.loss_rows[s] * trainable[:, None]
+
+    def dropped(self, condition: Tensor, step: int | Tensor, ids: Tensor) -> Tensor:
+        """With a share of null conditions; all of it lies where the conditions are kept."""
+        seed = self.seed if condition.device == self.seed.device else self.seed_on_host
+        is_dropped = philox_uniform(seed, step, Site.DROPOUT, ids) < self.condition_dropout
+        return torch.where(is_dropped, self.base.null_condition, condition)
+
+    def loss(self, jumped: Jumped, model_output: Tensor, target: Tensor) -> Tensor:
+        """The mean over the batch."""
+        return x0_loss(model_output, jumped.sample, target, jumped.rows, self.kind, self.huber_c)

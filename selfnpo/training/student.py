@@ -1,0 +1,332 @@
+"""The student that is trained and the reference that teaches it: what the two share decides what they cost in memory.
+
+    form        student                          reference, frozen           reference, averaged
+    full        a copy of its own                in the training precision   an average
+    low rank    adapters on the base's weights   the base, adapters off      a second set of adapters
+
+What is trained and averaged has the precision of float32: in bfloat16 neither would move, for a step is below its
+resolution. Where the network computes in bfloat16, such a weight is held in two halves: the nearest bfloat16, with which the
+network computes, and an int16 remainder, in `lows`. In float16 it is held in float32, and autocast rounds it at every use.
+Averaging adapters averages their factors.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from diffusers import ModelMixin
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from selfnpo.config import TrainConfig
+from selfnpo.errors import UserError, first_line
+from selfnpo.models import Family, PretrainedModel
+from selfnpo.models.lora.adapters import REFERENCE, STUDENT, add_lora, lora_layers, switch
+from selfnpo_kernels.reference import join_weights, split_weights
+
+RECOMPILE_LIMIT = 128  # shapes of a model's blocks, twice: with gradients and without
+
+
+class Student(Protocol):
+    """What the trainer asks for."""
+
+    model: nn.Module  # predicts as the student does
+    reference: nn.Module
+    trainable: dict[str, nn.Parameter]
+    lows: dict[str, Tensor]  # the low halves of `trainable`; empty where it is float32
+    averaged: dict[str, Tensor]  # the reference's own weights, under the names of the student's; empty where it is frozen
+    averaged_lows: dict[str, Tensor]
+    is_averaged_here: bool  # beside the student and in its layout, so that one pass updates both
+
+    def compile(self, static: bool) -> None: ...  # whether all batches have one size
+
+    def networks(self) -> list[ModelMixin]:
+        """The models behind student and reference, each once."""
+        ...
+
+    def positive(self) -> AbstractContextManager[ModelMixin]:
+        """The base, on the device for as long as the context lasts."""
+        ...
+
+    def training(self) -> AbstractContextManager:
+        """Holds from the student's forward pass to the end of its backward pass."""
+        ...
+
+    def relative_delta(self) -> float:
+        """||delta|| / ||theta||: how far the student has moved from the base, as a share of its weights."""
+        ...
+
+    def merged(self) -> ModelMixin:
+        """theta + delta as a model of its own."""
+        ...
+
+
+def average(student: Student, decay: float) -> None:
+    """One step of the reference's exponential moving average, where the optimizer does not take it."""
+    if student.averaged:
+        averaged = [*student.averaged.values()]
+        now = [weight.to(old.device) for weight, old in zip(masters(student).values(), averaged, strict=True)]
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, now, 1 - decay)
+
+
+def masters(student: Student) -> dict[str, Tensor]:
+    """The trained weights in float32."""
+    lows = student.lows
+    return {
+        name: join_weights(weight.detach(), lows[name]) if lows else weight.detach()
+        for name, weight in student.trainable.items()
+    }
+
+
+def is_split(config: TrainConfig, dtype: torch.dtype) -> bool:
+    """Whether trained weights are held in two halves."""
+    return dtype == torch.bfloat16 and not config.use_8bit_adam
+
+
+def split_(weights: dict[str, nn.Parameter], values: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Give `weights` the bfloat16 halves of float32 `values`; returns the others."""
+    lows = {}
+    for (name, weight), value in zip(weights.items(), values, strict=True):
+        weight.data, lows[name] = split_weights(value.detach().to(weight.device, torch.float32))
+    return lows
+
+
+def make_student(config: TrainConfig, base: PretrainedModel) -> Student:
+    """A student that starts as a copy of the base.
+
+    Raises:
+        UserError: the family's models cannot do what the settings ask for.
+    """
+    if config.attention == "xformers":
+        use_xformers(base)
+    if config.compile:
+        base.denoiser.to(memory_format=torch.channels_last)  # which Inductor keeps through normalisations
+    return LowRank(config, base) if config.rank else FullWeights(config, base)
+
+
+def use_xformers(base: PretrainedModel) -> None:
+    """xformers' attention in place of PyTorch's own."""
+    try:
+        if not base.family.has_xformers:
+            raise NotImplementedError(f"diffusers has none for the attention of {base.family.name} models")
+        import xformers.ops  # noqa: F401
+
+        base.denoiser.enable_xformers_memory_efficient_attention()
+    except (ImportError, ValueError, RuntimeError, OSError) as error:
+        raise UserError(
+            f"attention is xformers, which cannot run here: {first_line(error)}; its wheel must be built for torch "
+            f"{torch.__version__} and needs a GPU; use --attention sdpa"
+        ) from error
+
+
+def checkpoint_gradients(config: TrainConfig, model: ModelMixin) -> None:
+    if not (config.gradient_checkpointing or config.low_vram):
+        return
+    if model._supports_gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    elif config.gradient_checkpointing:
+        raise UserError(
+            f"gradient_checkpointing is on, which diffusers does not offer for {type(model).__name__}; leave it out"
+        )
+
+
+class FullWeights:
+    """All weights are trained. The base stays as it was; where a GPU trains, in the host's pinned memory."""
+
+    def __init__(self, config: TrainConfig, base: PretrainedModel):
+        self.base, theta = base, base.denoiser
+        here = next(theta.parameters()).device == base.device
+        if not here:
+            for parameter in theta.parameters():
+                parameter.data = parameter.data.pin_memory()
+        split, is_averaged = is_split(config, base.dtype), config.reference_decay < 1
+        offloaded = config.low_vram and base.device.type == "cuda"
+        self.is_averaged_here = is_averaged and not offloaded
+        self.model = converted(theta, base.device, torch.bfloat16 if split else torch.float32).requires_grad_(True)
+        checkpoint_gradients(config, self.model)
+        self.trainable = dict(self.model.named_parameters())
+        self.lows = split_(self.trainable, theta.parameters()) if split else {}
+        own_halves = split and self.is_averaged_here
+        dtype = torch.float32 if is_averaged and not own_halves else base.dtype
+        reference = theta if here and not is_averaged and theta.dtype == dtype else converted(theta, base.device, dtype)
+        self.averaged = dict(reference.named_parameters()) if is_averaged else {}
+        self.averaged_lows = split_(self.averaged, theta.parameters()) if own_halves else {}
+        if offloaded:
+            reference.to("cpu")
+            reference.enable_group_offload(onload_device=base.device, offload_type="leaf_level")
+        self.reference = reference
+
+    def compile(self, static: bool) -> None:
+        for network in self.networks():
+            compile_blocks(network, self.base.family, static)
+
+    def networks(self) -> list[ModelMixin]:
+        return [self.model, self.reference]
+
+    @contextmanager
+    def positive(self) -> Iterator[ModelMixin]:
+        base = self.base.denoiser
+        here = next(base.parameters()).device == self.base.device
+        yield base if here else converted(base, self.base.device, self.base.dtype)
+
+    def training(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def relative_delta(self) -> float:
+        # One tensor at a time, so that a base on the host costs the device no more than its largest tensor. All is queued at
+        # once: a second stream could only hide the norms, which take a tenth of the copies' time.
+        delta = [
+            _norm((join_weights(now, self.lows[name]) if self.lows else now) - self._here(theta))
+            for (name, now), theta in zip(self.trainable.items(), self.base.denoiser.parameters(), strict=True)
+        ]
+        return (torch.stack(delta).norm() / self._theta_norm).item()
+
+    @cached_property
+    def _theta_norm(self) -> Tensor:
+        return torch.stack([_norm(self._here(theta)) for theta in self.base.denoiser.parameters()]).norm()
+
+    def _here(self, theta: Tensor) -> Tensor:
+        return theta.to(self.base.device, non_blocking=True)
+
+    def merged(self) -> ModelMixin:
+        if not self.lows:
+            return self.model
+        model = converted(self.model, torch.device("cpu"), torch.float32)
+        for parameter, master in zip(model.parameters(), masters(self).values(), strict=True):
+            parameter.data.copy_(master)
+        return model
+
+
+def lora_config(config: TrainConfig, family: Family) -> LoraConfig:
+    targets = list(config.lora_target_modules or family.lora_targets)
+    return LoraConfig(r=config.rank, lora_alpha=config.lora_alpha or config.rank, target_modules=targets)
+
+
+class LowRank:
+    """LoRA adapters are trained. They live in the base itself, which is held once, and are off unless asked for."""
+
+    def __init__(self, config: TrainConfig, base: PretrainedModel):
+        self.weights, self.family, self.lora = base.denoiser, base.family, lora_config(config, base.family)
+        self.theta = [*self.weights.parameters()]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.trainable = add_lora(self.weights, self.lora, STUDENT)
+            self.averaged = {}
+            if config.reference_decay < 1:
+                added = add_lora(self.weights, self.lora, REFERENCE)
+                self.averaged = dict(zip(self.trainable, added.values(), strict=True))
+        for path, parameter in self.averaged.items():
+            parameter.data.copy_(self.trainable[path].data)
+        self.lows, self.averaged_lows, self.is_averaged_here = {}, {}, bool(self.averaged)
+        if is_split(config, base.dtype):
+            self.lows, self.averaged_lows = (split_(own, own.values()) for own in (self.trainable, self.averaged))
+        checkpoint_gradients(config, self.weights)
+        self.layers = lora_layers(self.weights)
+        self.active: str | None = None
+        self.model = _Adapted(self, STUDENT)
+        self.reference = _Adapted(self, REFERENCE if self.averaged else None)
+
+    def compile(self, static: bool) -> None:
+        compile_blocks(self.weights, self.family, static)
+
+    def networks(self) -> list[ModelMixin]:
+        return [self.weights]
+
+    def positive(self) -> AbstractContextManager[ModelMixin]:
+        return nullcontext(self.weights)
+
+    @contextmanager
+    def using(self, adapter: str | None) -> Iterator[None]:
+        before = self.active
+        self._switch(adapter)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, adapter: str | None) -> None:
+        if adapter != self.active:
+            switch(self.layers.values(), adapter)
+            self.active = adapter
+
+    def training(self) -> AbstractContextManager:
+        return self.using(STUDENT)  # a checkpointed layer runs again in the backward pass
+
+    def relative_delta(self) -> float:
+        squares, weights = [], masters(self)
+        for path, layer in self.layers.items():
+            down, up = (weights[f"{path}.lora_{factor}.{STUDENT}.weight"].flatten(1) for factor in "AB")
+            # ||B A||^2 = tr((B^T B) (A A^T)), without the product, which has the size of the layer.
+            squares.append(layer.scaling[STUDENT] ** 2 * ((up.T @ up) * (down @ down.T)).sum())
+        return (torch.stack(squares).sum().clamp(min=0).sqrt() / self._theta_norm).item()
+
+    @cached_property
+    def _theta_norm(self) -> Tensor:
+        return torch.stack([_norm(theta) for theta in self.theta]).norm()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The adapters under peft's names."""
+        return get_peft_model_state_dict(self.weights, masters(self), adapter_name=STUDENT)
+
+    def merged(self) -> ModelMixin:
+        model = converted(self.weights, torch.device("cpu"), torch.float32)
+        own = dict(model.named_parameters())
+        for path, master in masters(self).items():
+            own[path].data.copy_(master)
+        for layer in lora_layers(model).values():
+            layer.enable_adapters(True)
+            layer.merge(adapter_names=[STUDENT])
+        recurse_remove_peft_layers(model)
+        del model.peft_config
+        return model.requires_grad_(False)
+
+
+class _Adapted(nn.Module):
+    """A denoiser with one set of its adapters on."""
+
+    def __init__(self, student: LowRank, adapter: str | None):
+        super().__init__()
+        self._student, self._adapter = (student,), adapter  # in a tuple, for it is no part of this module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its adapters, or where it has none of the weights."""
+        (student,) = self._student
+        own = {STUDENT: student.trainable, REFERENCE: student.averaged}.get(self._adapter)
+        return next(iter(own.values())).dtype if own else student.weights.dtype
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor]:
+        (student,) = self._student
+        with student.using(self._adapter):
+            return student.weights(*args, **kwargs)
+
+
+def converted(model: ModelMixin, device: torch.device, dtype: torch.dtype) -> ModelMixin:
+    """A copy, tensor by tensor: a model in between, in another place or precision, might not fit anywhere."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        moved = tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+
+    return copy.deepcopy(model, {id(tensor): copied(tensor) for tensor in (*model.parameters(), *model.buffers())})
+
+
+def compile_blocks(model: ModelMixin, family: Family, static: bool) -> None:
+    """Compile the blocks of `model` that repeat, one by one, which takes a fraction of the time of the whole.
+
+    What lies between them costs launches, which a captured graph does not have. The whole would also be wrong: torch 2.13's
+    Inductor loses the gradient of a UNet's upsampling on a CPU.
+    """
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    for module in model.modules():
+        if type(module).__name__ in family.repeated_blocks:
+            module.compile(dynamic=False if static else None)
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().norm()

@@ -1,0 +1,154 @@
+"""Reference and student in one step. The student's sample x_s follows from x_t alone, so both networks may run at once.
+
+    strategy     what runs                                                       for
+    sequential   the reference, then the student                                 all
+    streams      both as parallel branches of one CUDA graph                     a GPU
+    shared       one forward pass, in which layers of the base see both batches  a LoRA, not compiled
+
+A naive joint batch would lose: autograd would differentiate the reference's half too. `shared` differentiates the student's.
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from selfnpo.device import seconds_of
+from selfnpo.errors import first_line
+from selfnpo.files import write_text
+from selfnpo.models.lora.adapters import REFERENCE, STUDENT
+from selfnpo.training.capture import capture, on_stream
+from selfnpo.training.joint import joint, pair
+from selfnpo.training.objective import Jumped
+from selfnpo.training.rollout import Reference, Truncated
+from selfnpo.training.student import Student
+
+GAIN = 0.03  # share of its time by which another strategy must beat `sequential`
+ROUNDS = 7
+
+Outputs = tuple[Tensor, Tensor | None]  # (cond, uncond) of the reference
+
+
+class Tandem:
+    """One strategy."""
+
+    def __init__(self, student: Student, reference: Reference, strategy: str):
+        self.student, self.reference, self.strategy = student, reference, strategy
+        self.side = torch.cuda.Stream() if strategy == "streams" else None
+
+    @contextmanager
+    def __call__(self, batch: Truncated, part: slice, jumped: Jumped) -> Iterator[tuple[Outputs, Tensor]]:
+        """The reference's outputs at x_t and the student's at x_s, for a part of a batch; holds until the end of the
+        student's backward pass."""
+        asked = batch.sample[part], batch.position[part], batch.condition[part]
+        if self.strategy == "shared":
+            with self._shared(*asked, jumped) as both:
+                yield both
+            return
+        outputs = self._evaluate(*asked) if self.side is None else on_stream_of(self.side, lambda: self._evaluate(*asked))
+        with self.student.training():
+            base = self.reference.base
+            model_output = base.predict(self.student.model, jumped.sample, jumped.timesteps, jumped.condition)
+            if self.side is not None:
+                torch.cuda.current_stream().wait_stream(self.side)
+            yield outputs, model_output
+
+    @torch.no_grad()
+    def _evaluate(self, sample: Tensor, position: Tensor, condition: Tensor) -> Outputs:
+        return self.reference.evaluate(self.student.reference, sample, position, condition)
+
+    @contextmanager
+    def _shared(
+        self, sample: Tensor, position: Tensor, condition: Tensor, jumped: Jumped
+    ) -> Iterator[tuple[Outputs, Tensor]]:
+        student, base = self.student, self.reference.base
+        if self.reference.guidance_scale == 0:
+            condition = torch.full_like(condition, base.null_condition)
+        one = base.arguments(sample, self.reference.timesteps[base.move(position)], condition)
+        other = base.arguments(jumped.sample, jumped.timesteps, jumped.condition)
+        with joint(student.layers.values(), STUDENT, REFERENCE if student.averaged else None):
+            with base.arithmetic(student.model):
+                both = base.family.call(student.weights, *pair(one, other))
+            yield (both.reference, None), both.student
+
+
+def on_stream_of(side: "torch.cuda.Stream", evaluate: Callable[[], Outputs]) -> Outputs:
+    """Start on `side`; whoever uses the outputs waits for it."""
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        return evaluate()
+
+
+def choose(
+    probes: dict[str, Callable[[], tuple[Tensor, ...]]],
+    describe: Callable[[], str],
+    device: torch.device,
+    say: Callable[[str], object] = print,
+) -> str:
+    """The fastest of several strategies, each of which its probe runs once; remembered for what `describe` says."""
+    if len(probes) == 1:
+        return next(iter(probes))
+    key = describe()
+    known = _read_cache()
+    if known.get(key, {}).get("strategy") not in probes:
+        milliseconds, failed = _measure(probes, device)
+        for name, reason in failed.items():
+            say(f"reference and student: {name} cannot run here: {reason}")
+        if "sequential" not in milliseconds or len(milliseconds) == 1:
+            return "sequential"  # not remembered: another day there may be more memory
+        best = min(milliseconds, key=milliseconds.get)
+        if milliseconds[best] > (1 - GAIN) * milliseconds["sequential"]:
+            best = "sequential"
+        known[key] = {"strategy": best, "milliseconds": milliseconds}
+        _write_cache(known)
+    chosen = known[key]
+    times = ", ".join(f"{name} {value:.3g} ms" for name, value in chosen["milliseconds"].items())
+    say(f"reference and student: {chosen['strategy']} ({times})")
+    return chosen["strategy"]
+
+
+def _measure(
+    probes: dict[str, Callable[[], tuple[Tensor, ...]]], device: torch.device
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Median milliseconds, in turns, on a GPU of replayed graphs; and why those that are not among them could not run."""
+    failed = {}
+    if device.type == "cuda":
+        stream, pool, captured = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), {}
+        for name, probe in probes.items():
+            try:
+                on_stream(stream, probe)
+                captured[name] = capture(probe, pool, stream)
+            except RuntimeError as error:  # out of memory is one too
+                failed[name] = first_line(error)
+        probes = captured
+    seconds: dict[str, list[float]] = {name: [] for name in probes}
+    for turn in range(ROUNDS + 1):
+        for name, probe in probes.items():
+            taken = seconds_of(probe, device)
+            if turn:
+                seconds[name].append(taken)
+    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}, failed
+
+
+def _cache_file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "selfnpo" / "tandem.json"
+
+
+def _read_cache() -> dict:
+    try:
+        return json.loads(_cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_cache(known: dict) -> None:
+    try:
+        _cache_file().parent.mkdir(parents=True, exist_ok=True)
+        write_text(_cache_file(), json.dumps(known, indent=1))
+    except OSError:
+        pass  # measured again next time

@@ -1,0 +1,287 @@
+"""The training loop: steps, log, checkpoints, stopping."""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from selfnpo.config import TrainConfig
+from selfnpo.device import Meter
+from selfnpo.errors import UserError, first_line, is_out_of_memory
+from selfnpo.files import write_text
+from selfnpo.inputs.data import TrainData, encode_data
+from selfnpo.models import PretrainedModel
+from selfnpo.output import list_checkpoints
+from selfnpo.schedule import make_grid
+from selfnpo.training.checkpoint import load_checkpoint, load_latest
+from selfnpo.training.rollout import DataRollout, NoiseRollout, Reference, Rollout, TrajectoryPool
+from selfnpo.training.snapshot import CheckpointWriter
+from selfnpo.training.state import TrainState
+from selfnpo.training.step import TrainingStep
+from selfnpo.training.validation import save_grid
+
+DELTA_STEPS = 100  # between looks at how far full weights have moved, for which a GPU reads the whole base from the host
+REST = 50  # a checkpoint by minutes is put off until training has lasted this many times as long as the last one held it up
+
+
+def make_rollout(config: TrainConfig, base: PretrainedModel, data: TrainData | None = None) -> Rollout:
+    grid = make_grid(base.scheduler, config.num_inference_steps)
+    reference = Reference(base, grid, config.rollout_guidance_scale, config.train_batch_size)
+    if config.rollout == "pool":
+        return TrajectoryPool(reference, config.total_batch_size, config.seed, config.pool_size)
+    if config.rollout == "data":
+        samples, conditions = encode_data(data, base) if data and data.files else _digits()
+        return DataRollout(
+            reference, config.total_batch_size, config.seed, grid, samples, conditions, config.num_rollout_steps
+        )
+    return NoiseRollout(reference, config.total_batch_size, config.seed, full=config.rollout == "full")
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    from selfnpo.inputs.digits import halves  # scikit-learn is slow to import
+
+    digits, _ = halves()
+    return digits.images, digits.labels
+
+
+class Trainer:
+    """One run. Without an `output_dir` nothing is written and nothing can be resumed."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        base: PretrainedModel,
+        output_dir: Path | None = None,
+        rollout: Rollout | None = None,
+        data: TrainData | None = None,
+    ):
+        self.config, self.base, self.output_dir = config, base, output_dir
+        if base.device.type == "cuda":
+            torch.cuda.set_device(base.device)  # streams and graphs are made on the current GPU
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        self.state = TrainState.start(config, base, rollout or make_rollout(config, base, data))
+        self.step = TrainingStep(self.state)
+        self.meter = Meter(base.device)
+        if config.resume_from_checkpoint is not None:
+            latest = config.resume_from_checkpoint == "latest"
+            self.state.restore(
+                *(load_latest(output_dir) if latest else load_checkpoint(Path(config.resume_from_checkpoint)))
+            )
+            self._truncate_log()
+        self.writer = CheckpointWriter(self.state, output_dir) if output_dir else None
+        self._saved_at, self._held_up = self.state.seconds, 0.0  # when the last checkpoint was taken, and for how long
+
+    def train_step(self) -> tuple[Tensor, Tensor]:
+        """One step of the whole recipe; (loss, gradient norm), not yet synchronised with the host."""
+        state = self.state
+        loss, grad_norm = self.step()
+        state.lr_scheduler.step()
+        state.optimizer.set_rate()
+        state.reference_evaluations += self.step.evaluations
+        state.step += 1
+        return loss, grad_norm
+
+    def run(self, wait: bool = True) -> str:
+        """Train to the end. Returns why it ended: completed, strength reached or interrupted.
+
+        Args:
+            wait: for the last checkpoint of a run that was not interrupted; else `closing` does, and until then nothing may
+                change the state.
+        """
+        config, state = self.config, self.state
+        losses: list[Tensor] = []
+        self.step.prepare()
+        started, ending = time.perf_counter() - state.seconds, "completed"
+        with (
+            _interruptible() as interrupted,
+            self.writer or nullcontext(),
+            _log_writer(config, self.output_dir) as log,
+            tqdm(total=config.max_train_steps, initial=state.step, desc="train", unit="step", disable=None) as progress,
+        ):
+            while state.step < config.max_train_steps and ending == "completed":
+                loss, grad_norm = self.train_step()
+                losses.append(loss)
+                progress.update()
+                if self.writer:
+                    self.writer.check()
+                last = state.step == config.max_train_steps
+                if last or state.step % config.logging_steps == 0:
+                    row = self._log_row(losses, grad_norm, started)
+                    losses.clear()
+                    with state.held_up_by("logging"):
+                        log(row)
+                        moved = f", moved={state.moved[1]:.2%}" if state.moved else ""
+                        progress.set_postfix_str(f"loss={row['loss']:.4f}{moved}")
+                    if config.max_relative_delta is not None and row["relative_delta"] >= config.max_relative_delta:
+                        ending = "strength reached"
+                if interrupted():
+                    ending = "interrupted"
+                final, seconds = last or ending != "completed", time.perf_counter() - started
+                if final or self._is_due(seconds):
+                    state.seconds = self._saved_at = seconds
+                    self._checkpoint(final)
+                if config.validation_steps and state.step % config.validation_steps == 0:
+                    pause = time.perf_counter()
+                    self.save_grid()
+                    started += time.perf_counter() - pause
+            if self.writer and (wait or ending == "interrupted"):
+                self.writer.wait()
+        return ending
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """For what is done with the results of `run(wait=False)`: whatever happens there, SIGTERM included, the last
+        checkpoint is waited for."""
+        with _handled(signal.default_int_handler):
+            try:
+                yield
+            except KeyboardInterrupt:
+                print(f"{self.last_checkpoint()}; --resume_from_checkpoint latest makes the results that are missing")
+                raise
+            finally:
+                self.writer.wait()
+
+    def _is_due(self, seconds: float) -> bool:
+        """Whether a checkpoint is, after that many seconds of training."""
+        if self.config.checkpointing_steps:
+            return self.state.step % self.config.checkpointing_steps == 0
+        return seconds - self._saved_at >= max(60 * self.config.checkpointing_minutes, REST * self._held_up)
+
+    def save_grid(self) -> Path | None:
+        """A picture of plain samples beside those guided by the student, in output_dir/samples; None where there is no
+        folder, or no memory, which loses a picture and not a run."""
+        if not self.output_dir:
+            return None
+        eager = torch.compiler.set_stance("force_eager")  # pictures have other shapes than training
+        try:
+            with self.state.held_up_by("pictures"), eager:
+                return save_grid(self.output_dir / "samples" / f"step-{self.state.step:06}.png", self.state)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            tqdm.write(
+                f"warning: no picture of step {self.state.step}, out of memory ({first_line(error)}); fewer at once need "
+                "less, --num_validation_images 1, or python -m selfnpo.sample with --batch_size 1 once the run is done"
+            )
+            return None
+
+    def _log_row(self, losses: list[Tensor], grad_norm: Tensor, started: float) -> dict[str, Any]:
+        state = self.state
+        self.meter.sample()
+        loss = torch.stack(losses).mean().item()  # waits for the device
+        delta = state.relative_delta() if self._looks_at_delta() else None
+        with state.held_up_by("logging"):
+            state.seconds = time.perf_counter() - started
+            row = {
+                "step": state.step,
+                "loss": loss,
+                "grad_norm": grad_norm.item(),
+                "learning_rate": state.lr_scheduler.get_last_lr()[0],
+                "relative_delta": delta,
+                "reference_evaluations": state.reference_evaluations,
+                "samples_per_second": state.step * self.config.total_batch_size / state.seconds,
+            }
+        if state.scaler.is_enabled() and not math.isfinite(row["grad_norm"]):
+            row["grad_norm"] = None  # the step was left out, and the scale of the loss lowered
+        if not all(row[name] is None or math.isfinite(row[name]) for name in ("loss", "grad_norm", "relative_delta")):
+            raise UserError(
+                f"training diverged by step {state.step} (loss {row['loss']}, gradient norm {row['grad_norm']}); lower "
+                f"learning_rate (now {self.config.learning_rate}); {self.last_checkpoint()}"
+            )
+        return row
+
+    def _looks_at_delta(self) -> bool:
+        """Whether this row of the log tells how far the weights have moved."""
+        config, step = self.config, self.state.step
+        if config.rank or config.max_relative_delta is not None or step == config.max_train_steps:
+            return True
+        return step % DELTA_STEPS < config.logging_steps  # the first row of another hundred
+
+    def last_checkpoint(self) -> str:
+        """What is left of a run that ends here, in words."""
+        if not self.writer:
+            return "no checkpoint was taken before"
+        failure = ""
+        try:
+            self.writer.wait()
+        except UserError as error:
+            failure = f"; {error}"
+        found = list_checkpoints(self.output_dir)
+        return (f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was taken before") + failure
+
+    def _checkpoint(self, final: bool = False) -> None:
+        if self.writer:
+            before = self.state.beside["checkpoints"]
+            self.writer.save(final)
+            self._held_up = self.state.beside["checkpoints"] - before
+
+    def _truncate_log(self) -> None:
+        """Drop the lines that the resumed run will write again."""
+        path = self.output_dir / "log.jsonl"
+        if path.is_file():
+            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.state.step]
+            write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+@contextmanager
+def _interruptible() -> Iterator:
+    """Ctrl-C and SIGTERM ask the loop to stop after the current step; a second Ctrl-C stops at once."""
+    received: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    with _handled(handler):
+        yield lambda: bool(received)
+
+
+@contextmanager
+def _handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM call `handler`."""
+    try:
+        previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: signals are someone else's
+        previous = {}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def _log_writer(config: TrainConfig, output_dir: Path | None) -> Iterator:
+    """Appends rows to log.jsonl and, if asked for, to TensorBoard."""
+    if output_dir is None:
+        yield lambda row: None
+        return
+    board = None
+    if config.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            board = SummaryWriter(output_dir / config.logging_dir)
+        except OSError as error:
+            raise UserError(f"logging_dir {config.logging_dir} cannot be written: {error.strerror or error}") from error
+    with (output_dir / "log.jsonl").open("a") as file:
+
+        def write(row: dict[str, Any]) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            for name, value in row.items() if board else ():
+                if value is not None:
+                    board.add_scalar(name, value, row["step"])
+
+        yield write
+    if board:
+        board.close()

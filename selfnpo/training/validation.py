@@ -1,0 +1,36 @@
+"""Sample grids of a run: plain guidance beside guidance away from the student, from the same noise."""
+
+from pathlib import Path
+
+import torch
+
+from selfnpo.sampling.ddim import ddim_sample, plain_guidance, start_noise
+from selfnpo.sampling.decode import decode_samples
+from selfnpo.sampling.picture import save_comparison
+from selfnpo.training.state import TrainState
+
+
+def save_grid(path: Path, state: TrainState) -> Path:
+    """Write a PNG of `num_validation_images` samples per method, under the validation prompts in turn."""
+    config, base, count = state.config, state.base, state.config.num_validation_images
+    asked = base.asked(len(config.validation_prompt))
+    conditions = asked[torch.arange(count) % len(asked)]
+    scale = config.validation_guidance_scale or base.family.guidance_scale
+    noise = start_noise(base, count, config.seed)
+    plain_scale, plain_name = plain_guidance(base, conditions, scale)
+    with state.student.positive() as positive:
+        samples = [
+            ddim_sample(base, noise, conditions, at, negative, positive, config.num_inference_steps, config.train_batch_size)
+            for at, negative in ((plain_scale, positive), (scale, state.model))
+        ]
+    plain, guided = decode_samples(base, torch.cat(samples)).chunk(2)
+    panels = [
+        (f"{plain_name}, w = {plain_scale - 1:g}", plain),
+        (f"negative of step {state.step}, w = {scale - 1:g}", guided),
+    ]
+    path.parent.mkdir(exist_ok=True)
+    caption = " | ".join((*config.validation_prompt, "equal positions start from equal noise"))
+    if len(plain) > count:
+        caption += " | every row is one video"
+    save_comparison(path, panels, min(4, len(plain)), caption)
+    return path

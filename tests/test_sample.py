@@ -1,0 +1,269 @@
+"""python -m selfnpo.sample: comparisons, sweeps and videos of every family, and one sentence for what it cannot do."""
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from PIL import Image
+
+from commands import call
+from fine_tunes import fine_tune
+from runs import FAMILIES, settings, start
+from selfnpo.files import committed_file
+from selfnpo.models import ModelOptions, load_pretrained
+from selfnpo.sampling import sweep
+from selfnpo.sampling.ddim import ddim_sample, start_noise
+from selfnpo.sampling.decode import decode_frames, decode_samples
+from selfnpo.sampling.video import save_video
+from selfnpo.training.validation import save_grid
+
+PROMPTS = {"class_conditional": ("3", "0"), "unconditional": ()}
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def perturbed(models, tmp_path_factory):
+    """The folder of a denoiser that is some way off a tiny model's, as a fine-tune is."""
+
+    def folder(family, seed=1):
+        return fine_tune(models(family), tmp_path_factory.mktemp("fine-tune"), seed)
+
+    return folder
+
+
+@pytest.fixture
+def sample(models, perturbed, tmp_path, monkeypatch):
+    """Exit code of the command on a tiny model and a negative of it."""
+    monkeypatch.chdir(tmp_path)
+    negatives = {}
+
+    def run(family, *flags):
+        negatives[family] = negatives.get(family) or perturbed(family)
+        prompts = PROMPTS.get(family, ("a cat", "a dog"))
+        asked = ("--prompt", *prompts) if prompts else ()
+        model = ("--model", models(family), "--negative", negatives[family], "--num_inference_steps", STEPS)
+        return call("sample", *model, *asked, *flags)
+
+    return run
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What the pictures were made of: title to images, and (name of the row, name of the column) to images."""
+    found = {}
+    for name in ("selfnpo.sample", "selfnpo.validation"):
+        monkeypatch.setattr(f"{name}.save_comparison", lambda path, panels, *_: found.update(panels))
+
+    def keep(path, cells, rows, columns, *_):
+        for row, images in zip(rows, cells, strict=True):
+            found.update(zip([(row, column) for column in columns], images, strict=True))
+
+    monkeypatch.setattr("selfnpo.sample.save_table", keep)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_compared_and_swept(sample, tmp_path, family):
+    assert sample(family) == 0
+    is_video = family.startswith("cogvideox")
+    (output,) = tmp_path.iterdir()
+    assert output.name == ("samples.gif" if is_video else "samples.png")
+    with Image.open(output) as picture:
+        assert picture.width > 500
+    assert sample(family, "--guidance_scales", 2, 4, "--betas", 0.5, 1, "--output", "sweep.png") == 0
+    assert np.ptp(imread(tmp_path / "sweep.png")) > 0.5
+
+
+@pytest.mark.parametrize(("with_positive", "precision"), [(False, "no"), (True, "no"), (True, "bf16")])
+def test_a_cell_of_a_sweep_is_the_comparison_at_its_values(sample, perturbed, shown, with_positive, precision):
+    family, flags, share = "class_conditional", ("--mixed_precision", precision), ""
+    if with_positive:
+        flags += ("--positive", perturbed(family, seed=2), "--alpha", 0.5)
+        share = ", alpha = 0.5"
+    assert sample(family, *flags, "--guidance_scale", 1.5, 3, "--beta", 1, 0.3, 0.6, "--num_images", 3) == 0
+    cells = dict(shown)
+    assert len(cells) == 2 * 4
+    for scale, w in ((1.5, "w = 0.5"), (3, "w = 2")):
+        for beta in (1, 0.3, 0.6):
+            shown.clear()
+            assert sample(family, *flags, "--guidance_scale", scale, "--beta", beta, "--num_images", 3) == 0
+            plain, guided = (f"plain guidance (CFG), {w}", f"negative, beta = {beta}{share}, {w}")
+            assert shown.keys() == {plain, guided}
+            assert cells[w, f"negative, beta = {beta}{share}"].equal(shown[guided])
+            assert cells[w, "plain guidance (CFG)"].equal(shown[plain])
+            assert not shown[plain].equal(shown[guided])
+
+
+def test_plain_guidance_is_of_the_base_alone_and_sampled_once_per_scale(sample, shown, models, monkeypatch):
+    calls = []
+    monkeypatch.setattr(sweep, "ddim_sample", lambda *args: calls.append(args) or ddim_sample(*args))
+    assert sample("stable_diffusion", "--guidance_scale", 2, 5, "--beta", 0.5, 1) == 0
+    assert len(calls) == 2 * 3
+    base = load_pretrained(ModelOptions(str(models("stable_diffusion"))), further_prompts=("a cat", "a dog"))
+    condition = base.asked(2)[torch.arange(4) % 2]
+    for scale in (2, 5):
+        expected = ddim_sample(base, start_noise(base, 4, 0), condition, scale, num_inference_steps=STEPS)
+        torch.testing.assert_close(shown[f"w = {scale - 1}", "plain guidance (CFG)"], decode_samples(base, expected))
+
+
+def test_without_a_condition_there_is_the_base_in_place_of_plain_guidance(sample, shown, models, perturbed, monkeypatch):
+    base = load_pretrained(ModelOptions(str(models("unconditional"))))
+    null = torch.zeros(4, dtype=torch.int64)
+    expected = ddim_sample(base, start_noise(base, 4, 0), null, 1.0, num_inference_steps=STEPS)
+    assert sample("unconditional") == 0
+    assert shown["the base itself, w = 0"].equal(expected)
+    assert "negative, beta = 1, w = 1" in shown
+    calls = []
+    monkeypatch.setattr(sweep, "ddim_sample", lambda *args: calls.append(args) or ddim_sample(*args))
+    assert sample("unconditional", "--guidance_scale", 2, 5) == 0
+    assert len(calls) == 2 + 1
+    assert all(shown[f"w = {w}", "the base itself, w = 0"].equal(expected) for w in (1, 4))
+    assert sample("unconditional", "--positive", perturbed("unconditional", seed=2)) == 0
+    assert not shown["the positive itself, w = 0"].equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "prompts", "title"),
+    [
+        ("unconditional", (), "the base itself, w = 0"),
+        ("stable_diffusion", (), "the base itself, w = 0"),
+        ("stable_diffusion", ("a cat",), "plain guidance (CFG), w = 6.5"),
+        ("stable_diffusion_xl", (), "plain guidance (CFG), w = 4"),  # whose null condition is not the empty prompt
+        ("class_conditional", (), "plain guidance (CFG), w = 3"),
+    ],
+)
+def test_grids_of_a_run_name_what_they_show(models, tmp_path, shown, family, prompts, title):
+    trainer = start(settings(models(family), validation_prompt=prompts), tmp_path)
+    save_grid(tmp_path / "grid.png", trainer.state)
+    plain, guided = shown
+    assert plain == title
+    assert guided.startswith("negative of step 0, w = ")
+
+
+def test_beta_outside_its_range_is_forced(sample, shown):
+    assert sample("unconditional", "--beta", 1, 1.5, -0.5, "--force") == 0
+    assert {column for _, column in shown} >= {"negative, beta = 1.5", "negative, beta = -0.5"}
+
+
+def test_every_prompt_is_shown(sample, shown):
+    assert sample("class_conditional", "--prompt", *range(6)) == 0
+    assert all(len(images) == 6 for images in shown.values())
+
+
+def test_all_frames_of_a_video_are_decoded(models):
+    base = load_pretrained(ModelOptions(str(models("cogvideox"))))
+    samples = start_noise(base, 2, 0)
+    videos = [*decode_frames(base, samples)]
+    assert [video.shape for video in videos] == [(9, 3, 64, 64)] * 2
+    assert decode_samples(base, samples).equal(torch.cat([video[[0, 2, 5, 8]] for video in videos]))
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".mp4"])
+def test_videos_lie_side_by_side(sample, tmp_path, suffix):
+    assert sample("cogvideox", "--output", f"video{suffix}", "--fps", 5) == 0
+    size, frames, seconds = read(tmp_path / f"video{suffix}")
+    assert size[0] == 2 * 256 + 4  # a video and a video, enlarged, of two prompts
+    assert size[1] > 2 * 256 + 4
+    assert len(frames) == 9
+    assert seconds == pytest.approx(9 / 5, abs=0.01)
+    plain, guided = np.split(frames[:, -512:].astype(float), [258], axis=2)
+    assert np.abs(plain[:, :, 2:] - guided[:, :, :256]).mean() > 1
+    assert np.abs(np.diff(plain, axis=0)).mean(axis=(1, 2, 3)).min() > 1  # it moves
+    assert [path.name for path in tmp_path.iterdir()] == [f"video{suffix}"]
+
+
+def read(path):
+    """(width, height), frames `[n, H, W, 3]` and duration in seconds."""
+    if path.suffix == ".gif":
+        with Image.open(path) as gif:
+            frames, duration = [], 0
+            for number in range(gif.n_frames):
+                gif.seek(number)
+                frames.append(np.asarray(gif.convert("RGB")))
+                duration += gif.info["duration"]
+            return gif.size, np.stack(frames), duration / 1000
+    reader = imageio_ffmpeg.read_frames(str(path))
+    about = next(reader)
+    size = about["size"]
+    frames = np.stack([np.frombuffer(frame, np.uint8).reshape(size[1], size[0], 3) for frame in reader])
+    return size, frames, len(frames) / about["fps"]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".mp4"])
+def test_every_frame_is_where_and_when_it_should_be(tmp_path, suffix):
+    """Two panels of two videos each, of which every frame is one color; sizes are odd."""
+    colors = torch.randint(0, 256, (2, 2, 3, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    panels = [[video[:, None, None].expand(3, 101, 301, 3) for video in panel] for panel in colors]
+    save_video(tmp_path / f"video{suffix}", ["left", "right"], panels, 4)
+    size, frames, _ = read(tmp_path / f"video{suffix}")
+    assert size == (2 * 301 + 4, size[1])
+    assert not any(side % 2 for side in size)
+    assert frames[:, :30].min() < 100  # titles
+    for column in range(2):
+        for row in range(2):
+            middle = frames[:, -155 + 105 * row, 150 + 305 * column]
+            assert np.abs(middle.astype(int) - colors[column, row].numpy()).max() < 12
+
+
+def test_a_file_takes_its_place_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "video.gif"
+    target.write_text("before")
+
+    def write():
+        with committed_file(target) as partial:
+            assert partial.suffix == ".gif"
+            partial.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write()
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
+@pytest.mark.parametrize(
+    ("family", "flags", "sentence"),
+    [
+        ("unconditional", ["--guidance_scale", 2, 1], "guidance_scale is 1.0; expected a value above 1"),
+        ("unconditional", ["--guidance_scale", 0.5], "the negative would do nothing"),
+        ("unconditional", ["--guidance_scale", "nan"], "guidance_scale is nan; expected a value above 1"),
+        ("unconditional", ["--guidance_scale", 2, 2], "guidance_scale is 2.0 2.0; expected different values"),
+        ("unconditional", ["--beta", 0.5, 0.5], "beta is 0.5 0.5; expected different values"),
+        ("unconditional", ["--beta"], "beta is empty; expected one or more values"),
+        ("unconditional", ["--beta", 0.5, 1.5], "beta is 1.5; expected a value from 0 to 1, or any with --force"),
+        ("unconditional", ["--beta", "inf", "--force"], "beta is inf; expected a finite number"),
+        ("unconditional", ["--alpha", 0.5], "alpha is 0.5, a share of eta, but no positive is given; pass --positive"),
+        ("unconditional", ["--alpha", -1, "--positive", "x"], "alpha is -1.0; expected a value from 0 to 1"),
+        ("unconditional", ["--fps", 0], "fps is 0; expected a value from 1 to 60"),
+        ("unconditional", ["--num_images", 0], "num_images is 0; expected a value from 1"),
+        ("unconditional", ["--output", "x.gif"], "ends in .png, for the model makes images"),
+        ("unconditional", ["--output", "."], "output is .; expected a file name that ends in .png"),
+        ("unconditional", ["--output", "/proc/x.png"], "output /proc/x.png cannot be written"),
+        ("unconditional", ["--positive", "nowhere"], "nowhere is no folder here"),
+        ("cogvideox", ["--output", "x.webm"], "expected a file name that ends in .png, .gif or .mp4"),
+        ("cogvideox", ["--output", "x.gif", "--beta", 0.5, 1], "ends in .png, for a sweep is a picture"),
+        ("cogvideox", ["--num_frames", 8], "num_frames is 8; expected a multiple of 4 plus 1"),
+    ],
+)
+def test_mistakes_are_named(sample, tmp_path, capsys, family, flags, sentence):
+    assert sample(family, *flags) == 2
+    error = capsys.readouterr().err
+    assert error.strip().splitlines()[-1].startswith("error: ")
+    assert sentence in error
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mp4_is_optional(sample, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert sample("cogvideox", "--output", "x.mp4") == 2
+    assert "run pip install 'selfnpo[video]', or choose a name that ends in .gif" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_file_is_kept_unless_asked(sample, tmp_path, capsys):
+    (tmp_path / "samples.png").write_text("mine")
+    assert sample("unconditional") == 2
+    assert "samples.png exists; choose another name or pass --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "samples.png").read_text() == "mine"
+    assert sample("unconditional", "--overwrite") == 0
