@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from selfnpo.inputs.digits import Digits
 from selfnpo.randomness import Site, draw_index
-from selfnpo.training.rollout import Truncated, WholeRollout
+from selfnpo.training.rollout import RolloutBatch, WholeRollout
 from selfnpo_kernels import philox_normal
 
 
@@ -32,8 +32,8 @@ class ShuffledLabels(WholeRollout):
         self.position = torch.full((batch_size,), num_inference_steps)  # the clean end of the grid
         self.tensors: dict[str, Tensor] = {}
 
-    def draw(self, denoiser: nn.Module, step: int) -> Truncated:
+    def draw(self, denoiser: nn.Module, step: int) -> RolloutBatch:
         image = draw_index(0, len(self.digits.images), self.seed, step, Site.IMAGE, self.ids)
         label = draw_index(0, 10, self.seed, step, Site.CONDITION, self.ids)
         images = self.digits.images[image].to(next(denoiser.parameters()).device)
-        return Truncated(images, images, self.position, label, 0)
+        return RolloutBatch(images, images, self.position, label, 0)

@@ -80,8 +80,8 @@ class PretrainedModel:
         return move(tensor, self.device)
 
     @property
-    def books(self) -> torch.device:
-        """Where it is kept which condition a sample follows: on the device, unless the encoded prompts lie on the host."""
+    def index_device(self) -> torch.device:
+        """Where indices of conditions are kept: on the device, unless the encoded prompts lie on the host."""
         return self.device if all(rows.device == self.device for rows in self.conditions.rows.values()) else CPU
 
     def arguments(self, sample: Tensor, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:

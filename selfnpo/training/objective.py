@@ -12,12 +12,12 @@ from torch import Tensor
 from selfnpo.models import PretrainedModel
 from selfnpo.randomness import Site, draw_index
 from selfnpo.schedule import Grid, Schedule, jump_rows, loss_rows
-from selfnpo.training.rollout import Truncated
+from selfnpo.training.rollout import RolloutBatch
 from selfnpo_kernels import forward_jump, philox_uniform, x0_loss
 
 
 @dataclass(frozen=True)
-class Jumped:
+class StudentBatch:
     """What the student is asked, and how its answer is judged."""
 
     sample: Tensor  # x_s [B, ...]
@@ -49,21 +49,22 @@ class TruncatedObjective:
         self.jump_rows, self.first = (table.to(base.device) for table in jump_rows(schedule, alpha, sigma))
         self.loss_rows = loss_rows(schedule, weighting).to(base.device)
         self.seed, self.seed_on_host = (torch.full((1,), seed, device=device) for device in (base.device, "cpu"))
-
-    def jump(self, batch: Truncated, step: int | Tensor, part: slice = slice(None)) -> Jumped:
-        """x_s and all that goes with it, for one batch or a part of it; `step` keys its noise."""
-        position = self.base.move(batch.position[part])
-        ids = torch.arange(len(batch.sample), device=self.base.device)[part]
-        timesteps, jump_rows, rows = self.times(position, step, ids)
-        x_s = forward_jump(batch.sample[part], jump_rows, self.seed, step, ids, Site.JUMP_NOISE)
-        ids = torch.arange(len(batch.sample), device=batch.condition.device)[part]
-        return Jumped(x_s, timesteps, self.dropped(batch.condition[part], step, ids), rows)
+        self._times, self._dropped = self.times, self.dropped
 
     def compile(self) -> None:
         """The draws, which are many small operations on few numbers."""
-        self.times, self.dropped = (torch.compile(each, dynamic=False) for each in (self.times, self.dropped))
+        self._times, self._dropped = (torch.compile(each, dynamic=False) for each in (self.times, self.dropped))
 
-    def times(self, position: Tensor, step: int | Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @torch.no_grad()
+    def jump(self, batch: RolloutBatch, step: Tensor) -> StudentBatch:
+        """x_s and all that goes with it; `step`, one int64 number beside the conditions, keys its noise."""
+        ids, step_here = batch.ids(self.base.device), self.base.move(step)
+        timesteps, jump_rows, loss_rows = self._times(self.base.move(batch.position), step_here, ids)
+        x_s = forward_jump(batch.sample, jump_rows, self.seed, step_here, ids, Site.JUMP_NOISE)
+        condition = self._dropped(batch.condition, step, batch.ids(batch.condition.device))
+        return StudentBatch(x_s, timesteps, condition, loss_rows)
+
+    def times(self, position: Tensor, step: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Timesteps s `[B]`, drawn for grid `position` `[B]`, with the rows of the jump and of the loss."""
         first, last = self.first[position], len(self.timesteps)
         s = draw_index(first, last, self.seed, step, Site.JUMP_TIME, ids)
@@ -72,12 +73,12 @@ class TruncatedObjective:
         s = torch.where(trainable, s, last - 1)
         return self.timesteps[s], self.jump_rows[position, s], self.loss_rows[s] * trainable[:, None]
 
-    def dropped(self, condition: Tensor, step: int | Tensor, ids: Tensor) -> Tensor:
-        """With a share of null conditions; all of it lies where the conditions are kept."""
+    def dropped(self, condition: Tensor, step: Tensor, ids: Tensor) -> Tensor:
+        """With a share of null conditions: `[B]`. All arguments lie where the conditions are kept."""
         seed = self.seed if condition.device == self.seed.device else self.seed_on_host
         is_dropped = philox_uniform(seed, step, Site.DROPOUT, ids) < self.condition_dropout
         return torch.where(is_dropped, self.base.null_condition, condition)
 
-    def loss(self, jumped: Jumped, model_output: Tensor, target: Tensor) -> Tensor:
+    def loss(self, asked: StudentBatch, model_output: Tensor, target: Tensor) -> Tensor:
         """The mean over the batch."""
-        return x0_loss(model_output, jumped.sample, target, jumped.rows, self.kind, self.huber_c)
+        return x0_loss(model_output, asked.sample, target, asked.rows, self.kind, self.huber_c)

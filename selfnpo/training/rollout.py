@@ -13,6 +13,7 @@ Positions index the sampling grid: 0 is the noisiest point, N the clean end. An 
 sample; it costs two rows of a batch where the guidance scale is neither 0 nor 1.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from selfnpo.config import TrainConfig
+from selfnpo.inputs.data import TrainData, encode_data
 from selfnpo.models import PretrainedModel
 from selfnpo.randomness import Site, draw_index
 from selfnpo.schedule import Grid, step_rows
@@ -27,15 +30,30 @@ from selfnpo_kernels import forward_jump, guided_step, philox_normal
 
 
 @dataclass(frozen=True)
-class Truncated:
-    """A batch of truncated rollouts."""
+class RolloutBatch:
+    """Truncated rollouts: a batch, or a part of one."""
 
     sample: Tensor  # x_t [B, ...]
-    target: Tensor | None  # x_{t -> 0}, the reference's estimate of x_0 at x_t; None where `advance` is still to find it
+    target: Tensor | None  # [B, ...] the reference's estimate of x_0 at x_t; None where the step is still to ask for it
     position: Tensor  # [B] grid position of t
     condition: Tensor  # [B]
-    evaluations: int  # guided evaluations of the reference that the batch costs
-    due: Tensor | None = None  # [1] place in a pool
+    evaluations: int  # guided evaluations of the reference that the whole batch costs
+    slot: Tensor | None = None  # [1] place of the batch in a pool
+    first: int = 0  # number of the first sample in the whole batch
+
+    def split(self, size: int) -> Iterator["RolloutBatch"]:
+        """Parts of at most `size` samples."""
+        for first in range(0, len(self.sample), size):
+            part = slice(first, first + size)
+            target = None if self.target is None else self.target[part]
+            yield replace(
+                self, sample=self.sample[part], target=target, position=self.position[part],
+                condition=self.condition[part], first=first,
+            )  # fmt: skip
+
+    def ids(self, device: torch.device) -> Tensor:
+        """The numbers of the samples in the whole batch: int64 `[B]`."""
+        return torch.arange(self.first, self.first + len(self.sample), device=device)
 
 
 class Reference:
@@ -67,7 +85,7 @@ class Reference:
         stepped = [self.move_on(part[0], part[1], self.evaluate(denoiser, *part)) for part in parts]
         return stepped[0] if len(stepped) == 1 else tuple(map(torch.cat, zip(*stepped, strict=True)))
 
-    def roll(self, denoiser: nn.Module, sample: Tensor, start: Tensor, stop: Tensor, condition: Tensor) -> Truncated:
+    def roll(self, denoiser: nn.Module, sample: Tensor, start: Tensor, stop: Tensor, condition: Tensor) -> RolloutBatch:
         """Take every sample from grid position `start` to `stop` `[B]`, evaluate it there, and never after. The positions
         lie on the CPU, for they decide how much there is to do."""
         length = stop - start
@@ -79,15 +97,15 @@ class Reference:
             prev, target[:under_way] = self.step(denoiser, sample[:under_way], first[:under_way] + k, asked[:under_way])
             sample[:moving_on] = prev[:moving_on]
         back = self.base.move(order.argsort())
-        return Truncated(sample[back], target[back], stop, condition, int((length + 1).sum()))
+        return RolloutBatch(sample[back], target[back], stop, condition, int((length + 1).sum()))
 
 
-def draw_noise(reference: Reference, seed: int, step: int, ids: Tensor) -> Tensor:
-    """x_T of the trajectories `ids` `[B]`."""
+def draw_noise(reference: Reference, seed: int, step: int | Tensor, ids: Tensor) -> Tensor:
+    """x_T of the trajectories `ids` `[B]`; a tensor `step` lies on the device of the samples."""
     return philox_normal((len(ids), *reference.base.sample_shape), seed, step, Site.START_NOISE, reference.base.move(ids))
 
 
-def draw_condition(reference: Reference, seed: int | Tensor, step: int, ids: Tensor) -> Tensor:
+def draw_condition(reference: Reference, seed: int | Tensor, step: int | Tensor, ids: Tensor) -> Tensor:
     """The conditions that the trajectories `ids` `[B]` follow."""
     return draw_index(0, reference.base.num_conditions, seed, step, Site.CONDITION, ids)
 
@@ -97,13 +115,20 @@ class Rollout(Protocol):
 
     reference: Reference | None  # None where targets come without one
     tensors: dict[str, Tensor]
+    index_device: torch.device  # of steps, positions and conditions
     obstacle: str  # why drawing cannot be captured in a graph; empty where it can
 
     def fill(self, denoiser: nn.Module) -> int:
         """What comes before the first step; returns its evaluations."""
         ...
 
-    def draw(self, denoiser: nn.Module, step: int | Tensor) -> Truncated: ...
+    def draw(self, denoiser: nn.Module, step: Tensor) -> RolloutBatch:
+        """The batch of `step`, one int64 number on `index_device`."""
+        ...
+
+    def advance(self, batch: RolloutBatch, prev_sample: Tensor) -> None:
+        """Take in the next states `[B, ...]` of a drawn batch, or of a part, that came without targets."""
+        ...
 
     def compile(self) -> None: ...
 
@@ -113,18 +138,20 @@ class TrajectoryPool:
 
     Every batch holds every time of the grid, as evenly as its size allows. `fill` takes all trajectories to their places, at
     about (N + 1) / 2 evaluations each. The samples are all the state there is: everything else follows from the step, which
-    may lie in device memory. Then the books are kept there too, and nothing is known to the host.
+    lies in device memory where the conditions do. Then nothing is known to the host.
     """
 
     def __init__(self, reference: Reference, batch_size: int, seed: int, pool_size: int):
         self.reference, self.seed, self.pool_size = reference, seed, pool_size
         self.length = len(reference.timesteps)
-        base, self.books = reference.base, reference.base.books
+        base, self.index_device = reference.base, reference.base.index_device
         slots = torch.arange(pool_size * batch_size).reshape(batch_size, pool_size).T.contiguous()
-        self.slots, self.first_position = slots.to(self.books), (slots * self.length // slots.numel()).to(self.books)
-        self.key = torch.full((1,), seed, device=self.books)
+        self.slots = slots.to(self.index_device)
+        self.first_position = (slots * self.length // slots.numel()).to(self.index_device)
+        self.key = torch.full((1,), seed, device=self.index_device)
         self.tensors = {"sample": torch.zeros(pool_size, batch_size, *base.sample_shape, device=base.device)}
-        self.obstacle = "" if self.books == base.device else "the encoded prompts lie on the host"
+        self.obstacle = "" if self.index_device == base.device else "the encoded prompts lie on the host"
+        self._place = self.place
 
     def place(self, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Which batch is due, `[1]`, and for its trajectories: ids, positions, conditions `[B]` and rows of `forward_jump`
@@ -138,21 +165,19 @@ class TrajectoryPool:
         return batch, ids, position, condition, torch.stack((1 - restart, restart), dim=1)
 
     def compile(self) -> None:
-        self.place = torch.compile(self.place, dynamic=False)
+        self._place = torch.compile(self.place, dynamic=False)
 
-    def draw(self, denoiser: nn.Module, step: int | Tensor) -> Truncated:
-        """The batch that is due at `step`, which `advance` takes further."""
-        step = step if isinstance(step, Tensor) else torch.tensor(step, device=self.books)
-        batch, ids, position, condition, rows = self.place(step)
+    def draw(self, denoiser: nn.Module, step: Tensor) -> RolloutBatch:
+        batch, ids, position, condition, rows = self._place(step)
         move = self.reference.base.move
-        due = move(batch)
-        sample = self.tensors["sample"].index_select(0, due)[0]
+        slot = move(batch)
+        sample = self.tensors["sample"].index_select(0, slot)[0]
         sample = forward_jump(sample, move(rows), move(self.key), 0, move(ids), Site.START_NOISE)
-        return Truncated(sample, None, position, condition, len(sample), due)
+        return RolloutBatch(sample, None, position, condition, len(sample), slot)
 
-    def advance(self, batch: Truncated, prev_sample: Tensor) -> None:
-        """Put the next states of a drawn batch, `[B, ...]`, in their places."""
-        self.tensors["sample"].index_copy_(0, batch.due, prev_sample[None])
+    def advance(self, batch: RolloutBatch, prev_sample: Tensor) -> None:
+        part = slice(batch.first, batch.first + len(prev_sample))
+        self.tensors["sample"][:, part].index_copy_(0, batch.slot, prev_sample[None])
 
     @torch.no_grad()
     def fill(self, denoiser: nn.Module) -> int:
@@ -171,6 +196,7 @@ class WholeRollout:
     """Rolls a batch to its end within the step."""
 
     reference: Reference | None = None
+    index_device = torch.device("cpu")  # where their lengths decide what there is to do
     obstacle = "rollouts of changing length decide on the host what is still under way"
 
     def fill(self, denoiser: nn.Module) -> int:
@@ -188,10 +214,10 @@ class NoiseRollout(WholeRollout):
         self.ids = torch.arange(batch_size)
         self.tensors = {}
 
-    def draw(self, denoiser: nn.Module, step: int) -> Truncated:
+    def draw(self, denoiser: nn.Module, step: Tensor) -> RolloutBatch:
         length, ids = len(self.reference.timesteps), self.ids
         condition = draw_condition(self.reference, self.seed, step, ids)
-        noise = draw_noise(self.reference, self.seed, step, ids)
+        noise = draw_noise(self.reference, self.seed, self.reference.base.move(step), ids)
         stop = torch.full_like(ids, length - 1) if self.full else draw_index(0, length, self.seed, step, Site.STOP, ids)
         batch = self.reference.roll(denoiser, noise, torch.zeros_like(ids), stop, condition)
         if self.full:
@@ -219,11 +245,31 @@ class DataRollout(WholeRollout):
         self.ids = torch.arange(batch_size)
         self.tensors = {}
 
-    def draw(self, denoiser: nn.Module, step: int) -> Truncated:
-        length, ids = len(self.reference.timesteps), self.ids
+    def draw(self, denoiser: nn.Module, step: Tensor) -> RolloutBatch:
+        length, ids, move = len(self.reference.timesteps), self.ids, self.reference.base.move
         image = draw_index(0, len(self.images), self.seed, step, Site.IMAGE, ids)
         start = draw_index(0, length, self.seed, step, Site.START, ids)
-        clean, rows, keys = (self.reference.base.move(each) for each in (self.images[image], self.rows[start], ids))
-        noised = forward_jump(clean, rows, self.seed, step, keys, Site.START_NOISE)
+        clean, rows = move(self.images[image]), move(self.rows[start])
+        noised = forward_jump(clean, rows, self.seed, move(step), move(ids), Site.START_NOISE)
         stop = (start + self.num_rollout_steps).clamp(max=length - 1)
         return self.reference.roll(denoiser, noised, start, stop, self.conditions[image])
+
+
+def make_rollout(config: TrainConfig, base: PretrainedModel, grid: Grid, data: TrainData | None = None) -> Rollout:
+    """The rollout that the settings ask for; without `data`, real images are the demo's digits."""
+    reference = Reference(base, grid, config.rollout_guidance_scale, config.train_batch_size)
+    if config.rollout == "pool":
+        return TrajectoryPool(reference, config.total_batch_size, config.seed, config.pool_size)
+    if config.rollout == "data":
+        samples, conditions = encode_data(data, base) if data and data.files else _digits()
+        return DataRollout(
+            reference, config.total_batch_size, config.seed, grid, samples, conditions, config.num_rollout_steps
+        )
+    return NoiseRollout(reference, config.total_batch_size, config.seed, full=config.rollout == "full")
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    from selfnpo.inputs.digits import halves  # scikit-learn is slow to import
+
+    digits, _ = halves()
+    return digits.images, digits.labels

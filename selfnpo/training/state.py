@@ -34,7 +34,6 @@ class TrainState:
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler  # of the loss, in float16; otherwise it does nothing
     rollout: Rollout
-    counter: Tensor  # `step`, where the rollout keeps its books
     step: int = 0
     reference_evaluations: int = 0  # guided evaluations of one sample
     seconds: float = 0.0  # wall time of training: steps, and what is beside them but for pictures
@@ -60,8 +59,7 @@ class TrainState:
             num_training_steps=config.max_train_steps,
         )
         optimizer.set_rate()
-        counter = torch.zeros((), dtype=torch.int64, device=base.books)
-        return cls(config, base, student, optimizer, lr_scheduler, scaler, rollout, counter)
+        return cls(config, base, student, optimizer, lr_scheduler, scaler, rollout)
 
     @property
     def model(self) -> nn.Module:
@@ -135,7 +133,6 @@ class TrainState:
             setattr(self, name, scalars[name])
         self.moved = None
         self.beside |= scalars.get("beside", {})  # which older versions did not count
-        self.counter.fill_(self.step)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,8 +1,7 @@
 """One training step on the device, and what precedes the first one."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,14 +9,14 @@ from torch import Tensor, nn
 
 from selfnpo.device import device_name, seconds_of
 from selfnpo.errors import UserError
-from selfnpo.schedule import make_grid, make_schedule
+from selfnpo.schedule import Grid, make_schedule
 from selfnpo.training.attention import choose_attention, describe, spare_single_keys
 from selfnpo.training.capture import Replayed
-from selfnpo.training.objective import Jumped, TruncatedObjective
-from selfnpo.training.rollout import Truncated
+from selfnpo.training.objective import TruncatedObjective
+from selfnpo.training.rollout import RolloutBatch
 from selfnpo.training.state import TrainState
 from selfnpo.training.supported import capture_obstacle, strategies
-from selfnpo.training.tandem import Tandem, choose
+from selfnpo.training.tandem import Tandem, fastest
 
 # Share of the gradients by which compiled ones may differ. Seen: 2e-6 in float32; 0.17 in bfloat16, on a model whose loss
 # is nearly 0, for a single draw; 0.46 where a compiler is wrong.
@@ -26,31 +25,56 @@ DRAWS = 3  # of times and noise, over which it is taken
 
 
 class TrainingStep:
-    """Rollout, jump, student, loss, optimizer. Called, it advances the tensors of `state` and returns (loss, gradient norm)
-    without waiting for the device."""
+    """Rollout, jump, reference and student, loss, optimizer. Called, it advances the tensors of `state` and returns (loss,
+    gradient norm) without waiting for the device."""
 
-    def __init__(self, state: TrainState):
+    def __init__(self, state: TrainState, grid: Grid):
         self.state, self.config, self.base = state, state.config, state.base
         config, base = self.config, self.base
         self.objective = TruncatedObjective(
             base,
             make_schedule(base.scheduler),
-            make_grid(base.scheduler, config.num_inference_steps),
+            grid,
             kind=config.loss,
             weighting=config.loss_weighting,
             huber_c=config.huber_c,
             condition_dropout=config.condition_dropout,
             seed=config.seed,
         )
-        self.reference = state.rollout.reference
-        self.tandem = Tandem(state.student, self.reference, "sequential")
+        self.tandem = self._tandem("sequential")
+        # `state.step` where the rollout reads it, written before a step: a captured graph follows it.
+        self.counter = torch.zeros((), dtype=torch.int64, device=state.rollout.index_device)
         self.evaluations = 0  # of the reference in the last step
         self._execute: Callable[[], tuple[Tensor, ...]] | None = None
 
     def __call__(self) -> tuple[Tensor, Tensor]:
-        if self._execute is None:
-            self.prepare()
+        self.prepare()
+        self.counter.fill_(self.state.step)
         return self._execute()
+
+    def _step(self) -> tuple[Tensor, ...]:
+        """What the device does in one step: (loss, gradient norm). It may be captured in a graph."""
+        state, rollout = self.state, self.state.rollout
+        with torch.no_grad():
+            batch = rollout.draw(state.student.reference, self.counter)
+        self.evaluations = batch.evaluations  # the same in every step that is captured
+        losses = []
+        for part in batch.split(self.config.train_batch_size):
+            loss, prev_sample = self._backward(self.tandem, part)
+            if prev_sample is not None:
+                rollout.advance(part, prev_sample)
+            if self.config.gradient_accumulation_steps > 1:
+                state.optimizer.accumulate()
+            losses.append(loss)
+        return sum(losses), state.optimizer.step()
+
+    def _backward(self, tandem: Tandem, batch: RolloutBatch) -> tuple[Tensor, Tensor | None]:
+        """The loss of a micro-batch, whose gradients it leaves, and the next states of its trajectories."""
+        asked = self.objective.jump(batch, self.counter)
+        with tandem(batch, asked) as (target, prev_sample, model_output):
+            loss = self.objective.loss(asked, model_output, target) / self.config.gradient_accumulation_steps
+            self.state.scaler.scale(loss).backward()
+        return loss.detach(), prev_sample
 
     def prepare(self) -> None:
         """Choose attention kernels, fill the pool, compile, choose how reference and student share a step; once."""
@@ -58,25 +82,16 @@ class TrainingStep:
             return
         state, config, device = self.state, self.config, self.base.device
         started = time.perf_counter()
+        self.counter.fill_(state.step)
         if config.attention == "auto":
-            for network in state.student.networks():
-                if device.type == "cuda":
-                    print(describe(choose_attention(network, lambda: self._probe(self.tandem))))
-                else:
-                    spare_single_keys(network, partial(self._one_sample, network))
+            self._choose_attention()
         if state.step == 0:  # before anything is compiled, for batches of all sizes come up
             state.reference_evaluations += state.rollout.fill(state.student.reference)
         if config.compile:
-            plain = self._gradient_norms()
-            state.student.compile(static=config.rollout == "pool")
-            self.objective.compile()
-            state.rollout.compile()
-            first, again = (seconds_of(lambda: self._probe(self.tandem), device) for _ in range(2))
-            print(f"compiled in {first - again:.1f} s")
-            check_compiled(plain, self._gradient_norms(), self.base.dtype)
-        arms = {name: Tandem(state.student, self.reference, name) for name in self._strategies()}
+            self._compile()
+        arms = {name: self._tandem(name) for name in self._strategies()}
         probes = {name: partial(self._probe, arm) for name, arm in arms.items()}
-        state.strategy = choose(probes, self._key, device)
+        state.strategy = fastest(probes, self._machine_and_run, device)
         state.optimizer.zero_grad()  # what a probe left that could not run
         self.tandem = arms[state.strategy]
         self._execute = self._step
@@ -94,15 +109,34 @@ class TrainingStep:
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _choose_attention(self) -> None:
+        for network in self.state.student.networks():
+            if self.base.device.type == "cuda":
+                print(describe(choose_attention(network, lambda: self._probe(self.tandem))))
+            else:
+                spare_single_keys(network, partial(self._one_sample, network))
+
+    def _compile(self) -> None:
+        plain = self._gradient_norms()
+        self.state.student.compile(static=self.config.rollout == "pool")
+        self.objective.compile()
+        self.state.rollout.compile()
+        first, again = (seconds_of(lambda: self._probe(self.tandem), self.base.device) for _ in range(2))
+        print(f"compiled in {first - again:.1f} s")
+        check_compiled(plain, self._gradient_norms(), self.base.dtype)
+
+    def _tandem(self, strategy: str) -> Tandem:
+        return Tandem(self.state.student, self.state.rollout.reference, self.base, strategy)
+
     def _strategies(self) -> list[str]:
         config, possible = self.config, strategies(self.config, self.base.device)
-        if self.reference is None:
+        if self.state.rollout.reference is None:
             return ["sequential"]
         if config.tandem != "auto":
             return [config.tandem]
         return [self.state.strategy] if self.state.strategy in possible else possible  # a resumed run goes on as it began
 
-    def _key(self) -> str:
+    def _machine_and_run(self) -> str:
         """What the choice between strategies depends on."""
         config, base = self.config, self.base
         of_model = type(base.denoiser).__name__, sum(parameter.numel() for parameter in base.denoiser.parameters())
@@ -111,7 +145,7 @@ class TrainingStep:
 
     def _probe(self, tandem: Tandem) -> tuple[Tensor, ...]:
         """Forward and backward passes of one micro-batch, which leave no trace."""
-        loss = self._backward(tandem, self.state.counter)
+        loss, _ = self._backward(tandem, self._made_up())
         self.state.optimizer.zero_grad()
         return (loss,)
 
@@ -119,68 +153,25 @@ class TrainingStep:
         """Of every trained tensor, for a few draws."""
         norms = []
         for draw in range(DRAWS):
-            self._backward(self.tandem, torch.full_like(self.state.counter, draw))
+            self.counter.fill_(draw)
+            self._backward(self.tandem, self._made_up())
             grads = [weight.grad for weight in self.state.student.trainable.values()]
             norms += [self.base.move(torch.zeros(())) if grad is None else grad.float().norm() for grad in grads]
             self.state.optimizer.zero_grad()
+        self.counter.fill_(self.state.step)
         return torch.stack(norms)
 
-    def _backward(self, tandem: Tandem, step: Tensor) -> Tensor:
+    def _made_up(self) -> RolloutBatch:
         size, base = self.config.train_batch_size, self.base
-        condition = torch.zeros(size, dtype=torch.int64, device=base.books)
+        condition = torch.zeros(size, dtype=torch.int64, device=self.counter.device)
         position = condition + self.config.num_inference_steps // 2  # at the noisiest one the loss is 0
         sample = torch.ones(size, *base.sample_shape, device=base.device)
-        batch = Truncated(sample, None if self.reference else sample, position, condition, 0)
-        jumped = self.objective.jump(batch, step)
-        with self._evaluated(tandem, batch, slice(None), jumped, []) as (target, model_output):
-            loss = self.objective.loss(jumped, model_output, target)
-            loss.backward()
-        return loss.detach()
+        return RolloutBatch(sample, None if self.state.rollout.reference else sample, position, condition, 0)
 
     @torch.no_grad()
     def _one_sample(self, network: nn.Module) -> Tensor:
         sample, zero = torch.ones(1, *self.base.sample_shape, device=self.base.device), torch.zeros(1, dtype=torch.int64)
         return self.base.predict(network, sample, zero, zero)
-
-    def _step(self) -> tuple[Tensor, ...]:
-        """What the device does in one step: (loss, gradient norm). It may be captured in a graph."""
-        state, config, rollout = self.state, self.config, self.state.rollout
-        step = state.step if rollout.obstacle else state.counter
-        with torch.no_grad():
-            batch = rollout.draw(state.student.reference, step)
-        self.evaluations = batch.evaluations  # the same in every step that is captured
-        losses, moved = [], []
-        for start in range(0, config.total_batch_size, config.train_batch_size):
-            part = slice(start, start + config.train_batch_size)
-            with torch.no_grad():
-                jumped = self.objective.jump(batch, step, part)
-            with self._evaluated(self.tandem, batch, part, jumped, moved) as (target, model_output):
-                loss = self.objective.loss(jumped, model_output, target) / config.gradient_accumulation_steps
-                state.scaler.scale(loss).backward()
-            if config.gradient_accumulation_steps > 1:
-                state.optimizer.accumulate()
-            losses.append(loss.detach())
-        if moved:
-            rollout.advance(batch, moved[0] if len(moved) == 1 else torch.cat(moved))
-        grad_norm = state.optimizer.step()
-        state.counter.add_(1)
-        return sum(losses), grad_norm
-
-    @contextmanager
-    def _evaluated(
-        self, tandem: Tandem, batch: Truncated, part: slice, jumped: Jumped, moved: list[Tensor]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The target at x_t and the student's output at x_s; holds to the end of the backward pass."""
-        student = self.state.student
-        if batch.target is not None:
-            with student.training():
-                asked = jumped.sample, jumped.timesteps, jumped.condition
-                yield batch.target[part], self.base.predict(student.model, *asked)
-            return
-        with tandem(batch, part, jumped) as (outputs, model_output):
-            prev_sample, target = self.reference.move_on(batch.sample[part], batch.position[part], outputs)
-            moved.append(prev_sample)
-            yield target, model_output
 
 
 def check_compiled(plain: Tensor, compiled: Tensor, dtype: torch.dtype) -> None:

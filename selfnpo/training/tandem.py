@@ -21,11 +21,12 @@ from torch import Tensor
 from selfnpo.device import seconds_of
 from selfnpo.errors import first_line
 from selfnpo.files import write_text
+from selfnpo.models import PretrainedModel
 from selfnpo.models.lora.adapters import REFERENCE, STUDENT
 from selfnpo.training.capture import capture, on_stream
 from selfnpo.training.joint import joint, pair
-from selfnpo.training.objective import Jumped
-from selfnpo.training.rollout import Reference, Truncated
+from selfnpo.training.objective import StudentBatch
+from selfnpo.training.rollout import Reference, RolloutBatch
 from selfnpo.training.student import Student
 
 GAIN = 0.03  # share of its time by which another strategy must beat `sequential`
@@ -37,64 +38,66 @@ Outputs = tuple[Tensor, Tensor | None]  # (cond, uncond) of the reference
 class Tandem:
     """One strategy."""
 
-    def __init__(self, student: Student, reference: Reference, strategy: str):
-        self.student, self.reference, self.strategy = student, reference, strategy
+    def __init__(self, student: Student, reference: Reference | None, base: PretrainedModel, strategy: str):
+        """`reference` is None where rollouts bring their targets."""
+        self.student, self.reference, self.base, self.strategy = student, reference, base, strategy
         self.side = torch.cuda.Stream() if strategy == "streams" else None
 
     @contextmanager
-    def __call__(self, batch: Truncated, part: slice, jumped: Jumped) -> Iterator[tuple[Outputs, Tensor]]:
-        """The reference's outputs at x_t and the student's at x_s, for a part of a batch; holds until the end of the
-        student's backward pass."""
-        asked = batch.sample[part], batch.position[part], batch.condition[part]
-        if self.strategy == "shared":
-            with self._shared(*asked, jumped) as both:
-                yield both
-            return
-        outputs = self._evaluate(*asked) if self.side is None else on_stream_of(self.side, lambda: self._evaluate(*asked))
-        with self.student.training():
-            base = self.reference.base
-            model_output = base.predict(self.student.model, jumped.sample, jumped.timesteps, jumped.condition)
-            if self.side is not None:
-                torch.cuda.current_stream().wait_stream(self.side)
-            yield outputs, model_output
+    def __call__(self, batch: RolloutBatch, asked: StudentBatch) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        """(target, prev_sample, model_output) `[B, ...]`: the reference's estimate of x_0 at x_t, its next state unless
+        the rollout brought the target, and the student's output at x_s; holds to the end of the backward pass."""
+        student = self.student
+        shared = self.strategy == "shared"
+        with joint(student.layers.values(), *self._adapters()) if shared else student.training():
+            if batch.target is not None:
+                yield batch.target, None, self._answer(asked)
+                return
+            outputs, model_output = self._together(batch, asked) if shared else self._apart(batch, asked)
+            prev_sample, target = self.reference.move_on(batch.sample, batch.position, outputs)
+            yield target, prev_sample, model_output
+
+    def _answer(self, asked: StudentBatch) -> Tensor:
+        return self.base.predict(self.student.model, asked.sample, asked.timesteps, asked.condition)
+
+    def _apart(self, batch: RolloutBatch, asked: StudentBatch) -> tuple[Outputs, Tensor]:
+        if self.side is None:
+            return self._evaluate(batch), self._answer(asked)
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            outputs = self._evaluate(batch)
+        model_output = self._answer(asked)
+        torch.cuda.current_stream().wait_stream(self.side)
+        return outputs, model_output
 
     @torch.no_grad()
-    def _evaluate(self, sample: Tensor, position: Tensor, condition: Tensor) -> Outputs:
-        return self.reference.evaluate(self.student.reference, sample, position, condition)
+    def _evaluate(self, batch: RolloutBatch) -> Outputs:
+        return self.reference.evaluate(self.student.reference, batch.sample, batch.position, batch.condition)
 
-    @contextmanager
-    def _shared(
-        self, sample: Tensor, position: Tensor, condition: Tensor, jumped: Jumped
-    ) -> Iterator[tuple[Outputs, Tensor]]:
-        student, base = self.student, self.reference.base
+    def _together(self, batch: RolloutBatch, asked: StudentBatch) -> tuple[Outputs, Tensor]:
+        base, condition = self.base, batch.condition
         if self.reference.guidance_scale == 0:
             condition = torch.full_like(condition, base.null_condition)
-        one = base.arguments(sample, self.reference.timesteps[base.move(position)], condition)
-        other = base.arguments(jumped.sample, jumped.timesteps, jumped.condition)
-        with joint(student.layers.values(), STUDENT, REFERENCE if student.averaged else None):
-            with base.arithmetic(student.model):
-                both = base.family.call(student.weights, *pair(one, other))
-            yield (both.reference, None), both.student
+        one = base.arguments(batch.sample, self.reference.timesteps[base.move(batch.position)], condition)
+        other = base.arguments(asked.sample, asked.timesteps, asked.condition)
+        with base.arithmetic(self.student.model):
+            both = base.family.call(self.student.weights, *pair(one, other))
+        return (both.reference, None), both.student
+
+    def _adapters(self) -> tuple[str, str | None]:
+        return STUDENT, REFERENCE if self.student.averaged else None
 
 
-def on_stream_of(side: "torch.cuda.Stream", evaluate: Callable[[], Outputs]) -> Outputs:
-    """Start on `side`; whoever uses the outputs waits for it."""
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        return evaluate()
-
-
-def choose(
+def fastest(
     probes: dict[str, Callable[[], tuple[Tensor, ...]]],
-    describe: Callable[[], str],
+    machine_and_run: Callable[[], str],
     device: torch.device,
     say: Callable[[str], object] = print,
 ) -> str:
-    """The fastest of several strategies, each of which its probe runs once; remembered for what `describe` says."""
+    """The fastest of several strategies, each of which its probe runs once; remembered under `machine_and_run`."""
     if len(probes) == 1:
         return next(iter(probes))
-    key = describe()
-    known = _read_cache()
+    key, known = machine_and_run(), _read_cache()
     if known.get(key, {}).get("strategy") not in probes:
         milliseconds, failed = _measure(probes, device)
         for name, reason in failed.items():

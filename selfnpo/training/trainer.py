@@ -17,12 +17,12 @@ from selfnpo.config import TrainConfig
 from selfnpo.device import Meter
 from selfnpo.errors import UserError, first_line, is_out_of_memory
 from selfnpo.files import write_text
-from selfnpo.inputs.data import TrainData, encode_data
+from selfnpo.inputs.data import TrainData
 from selfnpo.models import PretrainedModel
 from selfnpo.output import list_checkpoints
 from selfnpo.schedule import make_grid
 from selfnpo.training.checkpoint import load_checkpoint, load_latest
-from selfnpo.training.rollout import DataRollout, NoiseRollout, Reference, Rollout, TrajectoryPool
+from selfnpo.training.rollout import Rollout, make_rollout
 from selfnpo.training.snapshot import CheckpointWriter
 from selfnpo.training.state import TrainState
 from selfnpo.training.step import TrainingStep
@@ -30,26 +30,6 @@ from selfnpo.training.validation import save_grid
 
 DELTA_STEPS = 100  # between looks at how far full weights have moved, for which a GPU reads the whole base from the host
 REST = 50  # a checkpoint by minutes is put off until training has lasted this many times as long as the last one held it up
-
-
-def make_rollout(config: TrainConfig, base: PretrainedModel, data: TrainData | None = None) -> Rollout:
-    grid = make_grid(base.scheduler, config.num_inference_steps)
-    reference = Reference(base, grid, config.rollout_guidance_scale, config.train_batch_size)
-    if config.rollout == "pool":
-        return TrajectoryPool(reference, config.total_batch_size, config.seed, config.pool_size)
-    if config.rollout == "data":
-        samples, conditions = encode_data(data, base) if data and data.files else _digits()
-        return DataRollout(
-            reference, config.total_batch_size, config.seed, grid, samples, conditions, config.num_rollout_steps
-        )
-    return NoiseRollout(reference, config.total_batch_size, config.seed, full=config.rollout == "full")
-
-
-def _digits() -> tuple[Tensor, Tensor]:
-    from selfnpo.inputs.digits import halves  # scikit-learn is slow to import
-
-    digits, _ = halves()
-    return digits.images, digits.labels
 
 
 class Trainer:
@@ -67,8 +47,9 @@ class Trainer:
         if base.device.type == "cuda":
             torch.cuda.set_device(base.device)  # streams and graphs are made on the current GPU
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-        self.state = TrainState.start(config, base, rollout or make_rollout(config, base, data))
-        self.step = TrainingStep(self.state)
+        grid = make_grid(base.scheduler, config.num_inference_steps)
+        self.state = TrainState.start(config, base, rollout or make_rollout(config, base, grid, data))
+        self.step = TrainingStep(self.state, grid)
         self.meter = Meter(base.device)
         if config.resume_from_checkpoint is not None:
             latest = config.resume_from_checkpoint == "latest"

@@ -33,7 +33,7 @@ def progress(trainer: Trainer) -> dict[str, Tensor]:
 def books(trainer: Trainer) -> list[Tensor]:
     """Counters, rates, and which trajectories are where."""
     state = trainer.state
-    return [state.counter, state.optimizer.count, state.optimizer.lr, *state.rollout.place(state.counter)]
+    return [trainer.step.counter, state.optimizer.count, state.optimizer.lr, *state.rollout.place(trainer.step.counter)]
 
 
 def assert_same_run(begin, trained, model: str, **changes: object) -> None:
@@ -42,7 +42,7 @@ def assert_same_run(begin, trained, model: str, **changes: object) -> None:
     assert losses == pytest.approx(expected, rel=share)
     assert len(set(losses)) == STEPS  # every step has samples and noise of its own
     assert captured.state.scalars() | {"startup_seconds": 0} == eager.state.scalars() | {"startup_seconds": 0}
-    assert captured.state.step == int(captured.state.counter) == int(captured.state.optimizer.count) == STEPS
+    assert captured.state.step == int(captured.step.counter) + 1 == int(captured.state.optimizer.count) == STEPS
     assert all(one.equal(other) for one, other in zip(books(captured), books(eager), strict=True))
     for (kind, before), one, other in zip(start.items(), progress(eager).values(), progress(captured).values(), strict=True):
         moved = (one - before).norm()

@@ -9,8 +9,8 @@ def losses_on_a_fixed_batch(trainer: Trainer, steps: int) -> list[float]:
     """Of fresh rollouts, drawn once."""
     student, losses = trainer.state.student, []
     with torch.no_grad():
-        batch = trainer.state.rollout.draw(student.reference, 0)
-    jumped = trainer.step.objective.jump(batch, 0)
+        batch = trainer.state.rollout.draw(student.reference, torch.tensor(0))
+    jumped = trainer.step.objective.jump(batch, torch.tensor(0))
     for _ in range(steps):
         with student.training():
             output = trainer.base.predict(student.model, jumped.sample, jumped.timesteps, jumped.condition)

@@ -10,8 +10,7 @@ from mixture import exact_model
 from selfnpo.config import TrainConfig
 from selfnpo.randomness import Site, draw_index
 from selfnpo.schedule import make_grid, step_rows
-from selfnpo.training.rollout import DataRollout, NoiseRollout, Reference, TrajectoryPool
-from selfnpo.training.trainer import make_rollout
+from selfnpo.training.rollout import DataRollout, NoiseRollout, Reference, TrajectoryPool, make_rollout
 from selfnpo_kernels import forward_jump, guided_step
 
 BATCH, SEED, N = 6, 3, 4
@@ -42,7 +41,7 @@ def drawn(pool, denoiser, step):
     """A batch of a pool that the reference has evaluated and moved on."""
     if step == 0:
         pool.fill(denoiser)
-    batch = pool.draw(denoiser, step)
+    batch = pool.draw(denoiser, torch.tensor(step))
     prev_sample, target = pool.reference.step(denoiser, batch.sample, batch.position, batch.condition)
     pool.advance(batch, prev_sample)
     return replace(batch, target=target)
@@ -106,7 +105,7 @@ def test_a_pool_costs_one_evaluation_per_sample(model, guidance_scale, rows):
 @torch.no_grad()
 def test_fresh_rollouts_stop_everywhere_and_evaluate_nothing_after(model):
     counting = Counting(model.denoiser)
-    batch = NoiseRollout(reference(model), 4000, SEED, full=False).draw(counting, 0)
+    batch = NoiseRollout(reference(model), 4000, SEED, full=False).draw(counting, torch.tensor(0))
     counts = batch.position.bincount(minlength=N)
     assert (counts - 1000).abs().max() < 5 * 750**0.5
     assert batch.evaluations == counting.rows == int((batch.position + 1).sum())
@@ -121,7 +120,7 @@ def test_fresh_rollouts_stop_everywhere_and_evaluate_nothing_after(model):
 @torch.no_grad()
 def test_full_rollouts_reach_the_clean_end(model):
     counting = Counting(model.denoiser)
-    batch = NoiseRollout(reference(model), BATCH, SEED, full=True).draw(counting, 0)
+    batch = NoiseRollout(reference(model), BATCH, SEED, full=True).draw(counting, torch.tensor(0))
     _, estimates = plain_trajectory(model, start_noise(torch.arange(BATCH)))
     torch.testing.assert_close(batch.target, estimates[-1])
     assert batch.sample.equal(batch.target)
@@ -135,7 +134,7 @@ def test_data_rollouts_take_k_steps_and_no_more(model, k):
     counting = Counting(model.denoiser)
     images, conditions = torch.randn(5, 2), torch.zeros(5, dtype=torch.int64)
     grid = make_grid(model.scheduler, N)
-    batch = DataRollout(reference(model), 400, SEED, grid, images, conditions, k).draw(counting, 0)
+    batch = DataRollout(reference(model), 400, SEED, grid, images, conditions, k).draw(counting, torch.tensor(0))
     start = draw_index(0, N, SEED, 0, Site.START, torch.arange(400))
     assert batch.position.equal((start + k).clamp(max=N - 1))
     assert batch.evaluations == counting.rows == int(((start + k).clamp(max=N - 1) - start + 1).sum())
@@ -159,9 +158,9 @@ def test_every_mode_is_a_function_of_seed_and_step(demo, mode):
     def draw(seed, step):
         config = TrainConfig(rollout=mode, train_batch_size=8, seed=seed, num_inference_steps=5, num_rollout_steps=2)
         with torch.no_grad():
-            rollout = make_rollout(config, demo)
+            rollout = make_rollout(config, demo, make_grid(demo.scheduler, 5))
             rollout.fill(demo.denoiser)
-            return rollout.draw(demo.denoiser, step).sample
+            return rollout.draw(demo.denoiser, torch.tensor(step)).sample
 
     assert draw(1, 0).equal(draw(1, 0))
     assert not draw(1, 0).equal(draw(2, 0))

@@ -12,7 +12,7 @@ from scipy import stats
 from mixture import draw_x0, exact_model
 from selfnpo.schedule import jump_rows, make_grid, make_schedule
 from selfnpo.training.objective import TruncatedObjective
-from selfnpo.training.rollout import NoiseRollout, Reference, Truncated
+from selfnpo.training.rollout import NoiseRollout, Reference, RolloutBatch
 from selfnpo_kernels import forward_jump, philox_normal
 
 STEPS = 200  # fine enough that the error of DDIM stays below the resolution of the tests
@@ -25,11 +25,11 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def rollouts(model) -> Truncated:
+def rollouts(model) -> RolloutBatch:
     """x_t, reached from noise by DDIM with the exact reference at random grid times, and its Tweedie estimate."""
     rollout = NoiseRollout(Reference(model, make_grid(model.scheduler, STEPS), 0.0), COUNT, seed=11, full=False)
     with torch.no_grad():
-        return rollout.draw(model.denoiser, 0)
+        return rollout.draw(model.denoiser, torch.tensor(0))
 
 
 def smallest_p_value(a, b):
@@ -74,7 +74,7 @@ def gradients(model, batch, weighting="epsilon"):
     blocks = []
     for step, index in enumerate(torch.arange(len(batch.sample)).split(200)):
         part = {name: getattr(batch, name)[index] for name in ("sample", "target", "position", "condition")}
-        jumped = objective.jump(dataclasses.replace(batch, **part), step)
+        jumped = objective.jump(dataclasses.replace(batch, **part), torch.tensor(step))
         output = model.predict(model.denoiser, jumped.sample, jumped.timesteps, jumped.condition)
         loss = objective.loss(jumped, output, part["target"])
         (gradient,) = torch.autograd.grad(loss, model.denoiser.linear)
@@ -88,7 +88,7 @@ def largest_z(difference):
 
 
 @pytest.fixture(scope="module")
-def paired(model) -> tuple[Truncated, torch.Tensor]:
+def paired(model) -> tuple[RolloutBatch, torch.Tensor]:
     """x_t with the x_0 that it came from, for comparing targets on the same x_s."""
     grid = make_grid(model.scheduler, STEPS)
     generator = torch.Generator().manual_seed(4)
@@ -97,7 +97,7 @@ def paired(model) -> tuple[Truncated, torch.Tensor]:
     alpha, sigma = grid.alpha[position][:, None], grid.sigma[position][:, None]
     sample = alpha * x0 + sigma * torch.randn(COUNT, 2, generator=generator, dtype=torch.float64)
     target = model.denoiser.posterior_mean(sample, alpha, sigma)
-    return Truncated(sample, target, position, torch.zeros(COUNT, dtype=torch.int64), 0), x0
+    return RolloutBatch(sample, target, position, torch.zeros(COUNT, dtype=torch.int64), 0), x0
 
 
 @pytest.fixture
