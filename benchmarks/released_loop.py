@@ -16,7 +16,7 @@ from selfnpo.config import TrainConfig
 from selfnpo.models import PretrainedModel
 from selfnpo.schedule import make_grid, make_schedule
 from selfnpo.training.optimizer import FusedAdamW
-from selfnpo.training.student import FullWeights, converted
+from selfnpo.training.student import FullStudent, converted
 
 GUIDANCE_SCALE = 0.0  # w = -1, so that the conditional output has no weight
 DECAY, HUBER_C, STEPS = 0.999, 1e-3, 5
@@ -43,7 +43,7 @@ class ReleasedLoop:
         self.base, self.batch_size = base, config.train_batch_size
         self.dead_calls, self.host_loops, self.optimizer = dead_calls, host_loops, None
         if one_pass:
-            student = FullWeights(config, base)
+            student = FullStudent(config, base)
             self.model, self.reference, self.optimizer = student.model, student.reference, FusedAdamW(config, student)
             self.optimizer.set_rate()
         else:

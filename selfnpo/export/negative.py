@@ -8,7 +8,7 @@ from selfnpo.export.run_cost import training_cost
 from selfnpo.files import committed_folder
 from selfnpo.models.lora.write import model_spec, save_lora
 from selfnpo.training.state import TrainState
-from selfnpo.training.student import LowRank
+from selfnpo.training.student import LoRAStudent
 
 KOHYA_FILE = "negative_kohya.safetensors"
 
@@ -18,7 +18,7 @@ def save_negative(state: TrainState, status: str) -> Path:
     LoRAs for the family."""
     folder = state.config.output_dir / "negative"
     with committed_folder(folder) as partial:
-        is_lora = isinstance(state.student, LowRank) and hasattr(state.base.family.pipeline_class, "load_lora_weights")
+        is_lora = isinstance(state.student, LoRAStudent) and hasattr(state.base.family.pipeline_class, "load_lora_weights")
         if is_lora:
             _save_lora(partial, state)
         else:

@@ -1,6 +1,5 @@
 """Families of diffusion models behind one interface (family.py), and how they are loaded (source.py, loading.py)."""
 
-from selfnpo.device import default_device
 from selfnpo.models.demo import DEMO, DEMO_FOLDER
 from selfnpo.models.family import Family, SampleOptions
 from selfnpo.models.loading import load_negative, load_pretrained
@@ -10,5 +9,5 @@ from selfnpo.models.source import FAMILIES, Source
 
 __all__ = [
     "DEMO", "DEMO_FOLDER", "FAMILIES", "Conditions", "Family", "ModelOptions", "PretrainedModel", "SampleOptions", "Source",
-    "default_device", "load_negative", "load_pretrained",
+    "load_negative", "load_pretrained",
 ]  # fmt: skip

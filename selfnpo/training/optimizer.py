@@ -60,7 +60,7 @@ class FusedAdamW(torch.optim.Optimizer):
     def accumulate(self) -> None:
         """Add up the gradients of several backward passes in float32, where they are bfloat16."""
         found = {param: param.grad for param in self.params if param.grad is not None}
-        if self.student.lows:
+        if self.student.low_halves:
             if self.sums:
                 torch._foreach_add_([*self.sums.values()], [*found.values()])
             else:
@@ -90,9 +90,9 @@ class FusedAdamW(torch.optim.Optimizer):
                 "params": self.params,
                 "exp_avgs": [self.state[param]["exp_avg"] for param in self.params],
                 "exp_avg_sqs": [self.state[param]["exp_avg_sq"] for param in self.params],
-                "lows": [*student.lows.values()],
+                "lows": [*student.low_halves.values()],
                 "emas": [*student.averaged.values()] if averaged else [],
-                "ema_lows": [*student.averaged_lows.values()] if averaged else [],
+                "ema_lows": [*student.averaged_low_halves.values()] if averaged else [],
             }
             self._known_columns[used] = {name: [*compress(tensors, used)] for name, tensors in columns.items()}
         return self._known_columns[used]

@@ -87,9 +87,9 @@ class TrainState:
         student = self.student
         parts = {
             "model": student.trainable,
-            "model_low": student.lows,
+            "model_low": student.low_halves,
             "reference_model": student.averaged,
-            "reference_model_low": student.averaged_lows,
+            "reference_model_low": student.averaged_low_halves,
             "optimizer": self.optimizer.tensors(),
             "rollout": self.rollout.tensors,
         }

@@ -4,10 +4,10 @@
     full        a copy of its own                in the training precision   an average
     low rank    adapters on the base's weights   the base, adapters off      a second set of adapters
 
-What is trained and averaged has the precision of float32: in bfloat16 neither would move, for a step is below its
+What is trained and averaged has the precision of float32: in bfloat16 neither would move, because a step is smaller than its
 resolution. Where the network computes in bfloat16, such a weight is held in two halves: the nearest bfloat16, with which the
-network computes, and an int16 remainder, in `lows`. In float16 it is held in float32, and autocast rounds it at every use.
-Averaging adapters averages their factors.
+network computes, and an int16 remainder, in `low_halves`. In float16 it is held in float32, and autocast rounds it at every
+use. Averaging adapters averages their factors.
 """
 
 import copy
@@ -37,9 +37,9 @@ class Student(Protocol):
     model: nn.Module  # predicts as the student does
     reference: nn.Module
     trainable: dict[str, nn.Parameter]
-    lows: dict[str, Tensor]  # the low halves of `trainable`; empty where it is float32
+    low_halves: dict[str, Tensor]  # of `trainable`; empty where that is float32
     averaged: dict[str, Tensor]  # the reference's own weights, under the names of the student's; empty where it is frozen
-    averaged_lows: dict[str, Tensor]
+    averaged_low_halves: dict[str, Tensor]
     is_averaged_here: bool  # beside the student and in its layout, so that one pass updates both
 
     def compile(self, static: bool) -> None: ...  # whether all batches have one size
@@ -76,9 +76,9 @@ def average(student: Student, decay: float) -> None:
 
 def masters(student: Student) -> dict[str, Tensor]:
     """The trained weights in float32."""
-    lows = student.lows
+    low_halves = student.low_halves
     return {
-        name: join_weights(weight.detach(), lows[name]) if lows else weight.detach()
+        name: join_weights(weight.detach(), low_halves[name]) if low_halves else weight.detach()
         for name, weight in student.trainable.items()
     }
 
@@ -90,10 +90,10 @@ def is_split(config: TrainConfig, dtype: torch.dtype) -> bool:
 
 def split_(weights: dict[str, nn.Parameter], values: Iterable[Tensor]) -> dict[str, Tensor]:
     """Give `weights` the bfloat16 halves of float32 `values`; returns the others."""
-    lows = {}
+    low_halves = {}
     for (name, weight), value in zip(weights.items(), values, strict=True):
-        weight.data, lows[name] = split_weights(value.detach().to(weight.device, torch.float32))
-    return lows
+        weight.data, low_halves[name] = split_weights(value.detach().to(weight.device, torch.float32))
+    return low_halves
 
 
 def make_student(config: TrainConfig, base: PretrainedModel) -> Student:
@@ -106,7 +106,7 @@ def make_student(config: TrainConfig, base: PretrainedModel) -> Student:
         use_xformers(base)
     if config.compile:
         base.denoiser.to(memory_format=torch.channels_last)  # which Inductor keeps through normalisations
-    return LowRank(config, base) if config.rank else FullWeights(config, base)
+    return LoRAStudent(config, base) if config.rank else FullStudent(config, base)
 
 
 def use_xformers(base: PretrainedModel) -> None:
@@ -135,7 +135,7 @@ def checkpoint_gradients(config: TrainConfig, model: ModelMixin) -> None:
         )
 
 
-class FullWeights:
+class FullStudent:
     """All weights are trained. The base stays as it was; where a GPU trains, in the host's pinned memory."""
 
     def __init__(self, config: TrainConfig, base: PretrainedModel):
@@ -150,12 +150,12 @@ class FullWeights:
         self.model = converted(theta, base.device, torch.bfloat16 if split else torch.float32).requires_grad_(True)
         checkpoint_gradients(config, self.model)
         self.trainable = dict(self.model.named_parameters())
-        self.lows = split_(self.trainable, theta.parameters()) if split else {}
+        self.low_halves = split_(self.trainable, theta.parameters()) if split else {}
         own_halves = split and self.is_averaged_here
         dtype = torch.float32 if is_averaged and not own_halves else base.dtype
         reference = theta if here and not is_averaged and theta.dtype == dtype else converted(theta, base.device, dtype)
         self.averaged = dict(reference.named_parameters()) if is_averaged else {}
-        self.averaged_lows = split_(self.averaged, theta.parameters()) if own_halves else {}
+        self.averaged_low_halves = split_(self.averaged, theta.parameters()) if own_halves else {}
         if offloaded:
             reference.to("cpu")
             reference.enable_group_offload(onload_device=base.device, offload_type="leaf_level")
@@ -181,7 +181,7 @@ class FullWeights:
         # One tensor at a time, so that a base on the host costs the device no more than its largest tensor. All is queued at
         # once: a second stream could only hide the norms, which take a tenth of the copies' time.
         delta = [
-            _norm((join_weights(now, self.lows[name]) if self.lows else now) - self._here(theta))
+            _norm((join_weights(now, self.low_halves[name]) if self.low_halves else now) - self._here(theta))
             for (name, now), theta in zip(self.trainable.items(), self.base.denoiser.parameters(), strict=True)
         ]
         return (torch.stack(delta).norm() / self._theta_norm).item()
@@ -194,7 +194,7 @@ class FullWeights:
         return theta.to(self.base.device, non_blocking=True)
 
     def merged(self) -> ModelMixin:
-        if not self.lows:
+        if not self.low_halves:
             return self.model
         model = converted(self.model, torch.device("cpu"), torch.float32)
         for parameter, master in zip(model.parameters(), masters(self).values(), strict=True):
@@ -207,7 +207,7 @@ def lora_config(config: TrainConfig, family: Family) -> LoraConfig:
     return LoraConfig(r=config.rank, lora_alpha=config.lora_alpha or config.rank, target_modules=targets)
 
 
-class LowRank:
+class LoRAStudent:
     """LoRA adapters are trained. They live in the base itself, which is held once, and are off unless asked for."""
 
     def __init__(self, config: TrainConfig, base: PretrainedModel):
@@ -222,9 +222,11 @@ class LowRank:
                 self.averaged = dict(zip(self.trainable, added.values(), strict=True))
         for path, parameter in self.averaged.items():
             parameter.data.copy_(self.trainable[path].data)
-        self.lows, self.averaged_lows, self.is_averaged_here = {}, {}, bool(self.averaged)
+        self.low_halves, self.averaged_low_halves, self.is_averaged_here = {}, {}, bool(self.averaged)
         if is_split(config, base.dtype):
-            self.lows, self.averaged_lows = (split_(own, own.values()) for own in (self.trainable, self.averaged))
+            self.low_halves, self.averaged_low_halves = (
+                split_(own, own.values()) for own in (self.trainable, self.averaged)
+            )
         checkpoint_gradients(config, self.weights)
         self.layers = lora_layers(self.weights)
         self.active: str | None = None
@@ -289,7 +291,7 @@ class LowRank:
 class _Adapted(nn.Module):
     """A denoiser with one set of its adapters on."""
 
-    def __init__(self, student: LowRank, adapter: str | None):
+    def __init__(self, student: LoRAStudent, adapter: str | None):
         super().__init__()
         self._student, self._adapter = (student,), adapter  # in a tuple, for it is no part of this module
 

@@ -36,7 +36,7 @@ def strategies(config: TrainConfig, device: torch.device) -> list[str]:
     return found
 
 
-def check_feasible(config: TrainConfig, device: torch.device) -> None:
+def check_supported(config: TrainConfig, device: torch.device) -> None:
     """Refuse what cannot work, before weights load.
 
     Raises:

@@ -19,10 +19,10 @@ SHARES = {"no": 1e-3, "bf16": 1e-2}  # by which two runs may differ where librar
 def progress(trainer: Trainer) -> dict[str, Tensor]:
     """What a run has come to, in float32."""
     student, moments = trainer.state.student, trainer.state.optimizer.tensors().items()
-    lows = student.averaged_lows
+    low_halves = student.averaged_low_halves
     found = {
         "weights": masters(student).values(),
-        "average": [join_weights(high, lows[name]) if lows else high for name, high in student.averaged.items()],
+        "average": [join_weights(high, low_halves[name]) if low_halves else high for name, high in student.averaged.items()],
         "first moments": [value for name, value in moments if name.endswith(".exp_avg")],
         "second moments": [value for name, value in moments if name.endswith(".exp_avg_sq")],
         "samples": trainer.state.rollout.tensors.values(),

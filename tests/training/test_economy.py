@@ -40,7 +40,7 @@ def test_low_precision_trains_near_float32(models, precision, rank):
     state = rough.state
     held = torch.bfloat16 if precision == "bf16" else torch.float32  # bfloat16 is the high half
     assert all(parameter.dtype == held for parameter in state.student.trainable.values())
-    assert bool(state.student.lows) == (precision == "bf16")
+    assert bool(state.student.low_halves) == (precision == "bf16")
     assert all(weight.dtype == torch.float32 for weight in masters(state.student).values())
     reference = state.base.denoiser if rank else state.student.reference
     assert next(reference.parameters()).dtype == dtype_of(precision)

@@ -19,7 +19,7 @@ from selfnpo.inputs.data import load_base, read_data
 from selfnpo.models import PretrainedModel, Source
 from selfnpo.models.lora.adapters import REFERENCE, STUDENT, add_lora
 from selfnpo.training.joint import Pair, joint, pair
-from selfnpo.training.student import LowRank, make_student
+from selfnpo.training.student import LoRAStudent, make_student
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Case:
     """Adapters that are not zero, and what reference and student are asked."""
 
     base: PretrainedModel
-    student: LowRank
+    student: LoRAStudent
     at_t: tuple[Any, ...]  # arguments of the family's call
     at_s: tuple[Any, ...]
 

@@ -13,7 +13,7 @@ from runs import settings, start
 from selfnpo.config import TrainConfig
 from selfnpo.errors import UserError
 from selfnpo.training import tandem
-from selfnpo.training.supported import capture_obstacle, check_feasible, strategies
+from selfnpo.training.supported import capture_obstacle, check_supported, strategies
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -138,9 +138,9 @@ def test_settings_that_cannot_be_captured(changes, reason):
     assert capture_obstacle(config, CUDA).startswith(reason)
     if reason:
         with pytest.raises(UserError, match=f"capture is on, but {reason}"):
-            check_feasible(config, CUDA)
+            check_supported(config, CUDA)
     else:
-        check_feasible(config, CUDA)
+        check_supported(config, CUDA)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_gpu_that_is_too_old_to_compile_for_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GTX 1080")
     with pytest.raises(UserError, match="which needs Triton on a GPU of sm_70 or later: GTX 1080 is older than sm_70; inst"):
-        check_feasible(TrainConfig(compile=True), CUDA)
+        check_supported(TrainConfig(compile=True), CUDA)
 
 
 def test_a_missing_compiler_is_said(monkeypatch):
@@ -175,4 +175,4 @@ def test_a_missing_compiler_is_said(monkeypatch):
 
     monkeypatch.setattr("selfnpo.training.supported.get_cpp_compiler", nothing)
     with pytest.raises(UserError, match=r"compile is on, which needs a C\+\+ compiler: No working"):
-        check_feasible(TrainConfig(compile=True), CPU)
+        check_supported(TrainConfig(compile=True), CPU)

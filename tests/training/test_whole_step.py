@@ -9,7 +9,7 @@ import tiny
 from runs import RANKS, settings, start
 from selfnpo.errors import UserError
 from selfnpo.training.step import check_compiled
-from selfnpo.training.student import FullWeights, masters
+from selfnpo.training.student import FullStudent, masters
 
 LIKE_A_GPU = {"mixed_precision": "bf16", "compile": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2}
 
@@ -55,7 +55,7 @@ def test_compiled_code_with_wrong_gradients_is_refused(models, monkeypatch):
         for weight in weights[len(weights) // 2 :]:
             weight.register_hook(torch.zeros_like)
 
-    monkeypatch.setattr(FullWeights, "compile", compile)
+    monkeypatch.setattr(FullStudent, "compile", compile)
     trainer = start(settings(models("stable_diffusion"), compile=True))
     with pytest.raises(UserError, match=r"but torch .* compiles this model wrongly here: its gradients differ by "):
         trainer.step.prepare()
