@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from selfnpo.inputs.digits import Digits
 from selfnpo.randomness import Site, draw_index
-from selfnpo.training.rollout import RolloutBatch, WholeRollout
+from selfnpo.training.rollout import Rollout, RolloutBatch
 from selfnpo_kernels import philox_normal
 
 
@@ -23,7 +23,7 @@ def random_perturbation(base: ModelMixin, negative: ModelMixin, seed: int) -> Mo
     return perturbed
 
 
-class ShuffledLabels(WholeRollout):
+class ShuffledLabels(Rollout):
     """Ordinary diffusion training on real images under labels drawn at random: a rollout that never evaluates anything."""
 
     def __init__(self, digits: Digits, batch_size: int, seed: int, num_inference_steps: int):
@@ -32,7 +32,7 @@ class ShuffledLabels(WholeRollout):
         self.position = torch.full((batch_size,), num_inference_steps)  # the clean end of the grid
         self.tensors: dict[str, Tensor] = {}
 
-    def draw(self, denoiser: nn.Module, step: int) -> RolloutBatch:
+    def draw(self, denoiser: nn.Module, step: Tensor) -> RolloutBatch:
         image = draw_index(0, len(self.digits.images), self.seed, step, Site.IMAGE, self.ids)
         label = draw_index(0, 10, self.seed, step, Site.CONDITION, self.ids)
         images = self.digits.images[image].to(next(denoiser.parameters()).device)

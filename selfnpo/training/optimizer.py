@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from selfnpo.config import TrainConfig
-from selfnpo.training.student import Student, average
+from selfnpo.training.student import Student
 from selfnpo_kernels import fused_adamw_
 
 MIN_8BIT_SIZE = 4096  # elements; the moments of smaller parameters stay in float32
@@ -78,7 +78,7 @@ class FusedAdamW(torch.optim.Optimizer):
             grad_scale=(self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), ema_decay=self.ema_decay, **self.options,
         )  # fmt: skip
         if not self.student.is_averaged_here:
-            average(self.student, self.ema_decay)
+            self.student.average(self.ema_decay)
         self.zero_grad()
         return norm
 
@@ -139,7 +139,7 @@ class StepwiseAdamW:
         self.scaler.step(self.adamw)
         self.scaler.update()
         self.adamw.zero_grad()
-        average(self.student, self.config.reference_decay)
+        self.student.average(self.config.reference_decay)
         return norm
 
     def zero_grad(self) -> None:

@@ -15,7 +15,6 @@ sample; it costs two rows of a batch where the guidance scale is neither 0 nor 1
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -110,30 +109,31 @@ def draw_condition(reference: Reference, seed: int | Tensor, step: int | Tensor,
     return draw_index(0, reference.base.num_conditions, seed, step, Site.CONDITION, ids)
 
 
-class Rollout(Protocol):
-    """What the trainer asks for. `tensors` is all that a checkpoint must hold."""
+class Rollout:
+    """A source of training samples. As it is here, it rolls a batch to its end within the step."""
 
-    reference: Reference | None  # None where targets come without one
-    tensors: dict[str, Tensor]
-    index_device: torch.device  # of steps, positions and conditions
-    obstacle: str  # why drawing cannot be captured in a graph; empty where it can
+    reference: Reference | None = None  # None where targets come without one
+    tensors: dict[str, Tensor]  # all that a checkpoint must hold
+    index_device = torch.device("cpu")  # of steps, positions and conditions
+    # Why drawing cannot be captured in a graph; empty where it can.
+    obstacle = "rollouts of changing length decide on the host what is still under way"
 
     def fill(self, denoiser: nn.Module) -> int:
         """What comes before the first step; returns its evaluations."""
-        ...
+        return 0
 
     def draw(self, denoiser: nn.Module, step: Tensor) -> RolloutBatch:
         """The batch of `step`, one int64 number on `index_device`."""
-        ...
+        raise NotImplementedError
 
     def advance(self, batch: RolloutBatch, prev_sample: Tensor) -> None:
         """Take in the next states `[B, ...]` of a drawn batch, or of a part, that came without targets."""
-        ...
 
-    def compile(self) -> None: ...
+    def compile(self) -> None:
+        """What is many small operations."""
 
 
-class TrajectoryPool:
+class TrajectoryPool(Rollout):
     """`pool_size` batches of trajectories under way, advanced in turn, so that consecutive batches share no trajectory.
 
     Every batch holds every time of the grid, as evenly as its size allows. `fill` takes all trajectories to their places, at
@@ -192,21 +192,7 @@ class TrajectoryPool:
         return evaluations
 
 
-class WholeRollout:
-    """Rolls a batch to its end within the step."""
-
-    reference: Reference | None = None
-    index_device = torch.device("cpu")  # where their lengths decide what there is to do
-    obstacle = "rollouts of changing length decide on the host what is still under way"
-
-    def fill(self, denoiser: nn.Module) -> int:
-        return 0
-
-    def compile(self) -> None:
-        pass
-
-
-class NoiseRollout(WholeRollout):
+class NoiseRollout(Rollout):
     """From fresh noise to a random grid point (`fresh`), or all the way to a clean sample (`full`)."""
 
     def __init__(self, reference: Reference, batch_size: int, seed: int, full: bool):
@@ -225,7 +211,7 @@ class NoiseRollout(WholeRollout):
         return batch
 
 
-class DataRollout(WholeRollout):
+class DataRollout(Rollout):
     """From real images at a random grid time, then `num_rollout_steps` steps (K); the released recipe. Not data-free."""
 
     def __init__(

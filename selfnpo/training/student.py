@@ -11,10 +11,10 @@ use. Averaging adapters averages their factors.
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from diffusers import ModelMixin
@@ -31,9 +31,11 @@ from selfnpo_kernels.reference import join_weights, split_weights
 RECOMPILE_LIMIT = 128  # shapes of a model's blocks, twice: with gradients and without
 
 
-class Student(Protocol):
-    """What the trainer asks for."""
+class Student(ABC):
+    """What is trained, and the reference."""
 
+    base: PretrainedModel
+    theta: list[Tensor]  # the base's weights
     model: nn.Module  # predicts as the student does
     reference: nn.Module
     trainable: dict[str, nn.Parameter]
@@ -42,45 +44,63 @@ class Student(Protocol):
     averaged_low_halves: dict[str, Tensor]
     is_averaged_here: bool  # beside the student and in its layout, so that one pass updates both
 
-    def compile(self, static: bool) -> None: ...  # whether all batches have one size
-
+    @abstractmethod
     def networks(self) -> list[ModelMixin]:
         """The models behind student and reference, each once."""
-        ...
 
+    @abstractmethod
     def positive(self) -> AbstractContextManager[ModelMixin]:
         """The base, on the device for as long as the context lasts."""
-        ...
 
+    @abstractmethod
     def training(self) -> AbstractContextManager:
         """Holds from the student's forward pass to the end of its backward pass."""
-        ...
+
+    @abstractmethod
+    def merged(self) -> ModelMixin:
+        """theta + delta as a model of its own."""
+
+    @abstractmethod
+    def _delta_norm(self) -> Tensor: ...
 
     def relative_delta(self) -> float:
         """||delta|| / ||theta||: how far the student has moved from the base, as a share of its weights."""
-        ...
+        return (self._delta_norm() / self._theta_norm).item()
 
-    def merged(self) -> ModelMixin:
-        """theta + delta as a model of its own."""
-        ...
+    @cached_property
+    def _theta_norm(self) -> Tensor:
+        return torch.stack([_norm(self._here(theta)) for theta in self.theta]).norm()
 
+    def _here(self, theta: Tensor) -> Tensor:
+        return theta.to(self.base.device, non_blocking=True)
 
-def average(student: Student, decay: float) -> None:
-    """One step of the reference's exponential moving average, where the optimizer does not take it."""
-    if student.averaged:
-        averaged = [*student.averaged.values()]
-        now = [weight.to(old.device) for weight, old in zip(masters(student).values(), averaged, strict=True)]
-        with torch.no_grad():
+    def masters(self) -> dict[str, Tensor]:
+        """The trained weights in float32."""
+        own = {name: weight.detach() for name, weight in self.trainable.items()}
+        return {name: join_weights(own[name], low) for name, low in self.low_halves.items()} or own
+
+    @torch.no_grad()
+    def average(self, decay: float) -> None:
+        """One step of the reference's exponential moving average, where the optimizer does not take it."""
+        if self.averaged:
+            averaged = [*self.averaged.values()]
+            now = [weight.to(old.device) for weight, old in zip(self.masters().values(), averaged, strict=True)]
             torch._foreach_lerp_(averaged, now, 1 - decay)
 
+    def compile(self, static: bool) -> None:
+        """Compile the blocks of the networks that repeat, one by one, which takes a fraction of the time of the whole.
 
-def masters(student: Student) -> dict[str, Tensor]:
-    """The trained weights in float32."""
-    low_halves = student.low_halves
-    return {
-        name: join_weights(weight.detach(), low_halves[name]) if low_halves else weight.detach()
-        for name, weight in student.trainable.items()
-    }
+        What lies between them costs launches, which a captured graph does not have. The whole would also be wrong: torch
+        2.13's Inductor loses the gradient of a UNet's upsampling on a CPU.
+
+        Args:
+            static: whether all batches have one size.
+        """
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        for network in self.networks():
+            for module in network.modules():
+                if type(module).__name__ in self.base.family.repeated_blocks:
+                    module.compile(dynamic=False if static else None)
 
 
 def is_split(config: TrainConfig, dtype: torch.dtype) -> bool:
@@ -135,14 +155,15 @@ def checkpoint_gradients(config: TrainConfig, model: ModelMixin) -> None:
         )
 
 
-class FullStudent:
+class FullStudent(Student):
     """All weights are trained. The base stays as it was; where a GPU trains, in the host's pinned memory."""
 
     def __init__(self, config: TrainConfig, base: PretrainedModel):
         self.base, theta = base, base.denoiser
+        self.theta = [*theta.parameters()]
         here = next(theta.parameters()).device == base.device
         if not here:
-            for parameter in theta.parameters():
+            for parameter in self.theta:
                 parameter.data = parameter.data.pin_memory()
         split, is_averaged = is_split(config, base.dtype), config.reference_decay < 1
         offloaded = config.low_vram and base.device.type == "cuda"
@@ -150,20 +171,16 @@ class FullStudent:
         self.model = converted(theta, base.device, torch.bfloat16 if split else torch.float32).requires_grad_(True)
         checkpoint_gradients(config, self.model)
         self.trainable = dict(self.model.named_parameters())
-        self.low_halves = split_(self.trainable, theta.parameters()) if split else {}
+        self.low_halves = split_(self.trainable, self.theta) if split else {}
         own_halves = split and self.is_averaged_here
         dtype = torch.float32 if is_averaged and not own_halves else base.dtype
         reference = theta if here and not is_averaged and theta.dtype == dtype else converted(theta, base.device, dtype)
         self.averaged = dict(reference.named_parameters()) if is_averaged else {}
-        self.averaged_low_halves = split_(self.averaged, theta.parameters()) if own_halves else {}
+        self.averaged_low_halves = split_(self.averaged, self.theta) if own_halves else {}
         if offloaded:
             reference.to("cpu")
             reference.enable_group_offload(onload_device=base.device, offload_type="leaf_level")
         self.reference = reference
-
-    def compile(self, static: bool) -> None:
-        for network in self.networks():
-            compile_blocks(network, self.base.family, static)
 
     def networks(self) -> list[ModelMixin]:
         return [self.model, self.reference]
@@ -177,27 +194,21 @@ class FullStudent:
     def training(self) -> AbstractContextManager:
         return nullcontext()
 
-    def relative_delta(self) -> float:
+    def _delta_norm(self) -> Tensor:
         # One tensor at a time, so that a base on the host costs the device no more than its largest tensor. All is queued at
         # once: a second stream could only hide the norms, which take a tenth of the copies' time.
+        low_halves = self.low_halves
         delta = [
-            _norm((join_weights(now, self.low_halves[name]) if self.low_halves else now) - self._here(theta))
-            for (name, now), theta in zip(self.trainable.items(), self.base.denoiser.parameters(), strict=True)
+            _norm((join_weights(now, low_halves[name]) if low_halves else now) - self._here(theta))
+            for (name, now), theta in zip(self.trainable.items(), self.theta, strict=True)
         ]
-        return (torch.stack(delta).norm() / self._theta_norm).item()
-
-    @cached_property
-    def _theta_norm(self) -> Tensor:
-        return torch.stack([_norm(self._here(theta)) for theta in self.base.denoiser.parameters()]).norm()
-
-    def _here(self, theta: Tensor) -> Tensor:
-        return theta.to(self.base.device, non_blocking=True)
+        return torch.stack(delta).norm()
 
     def merged(self) -> ModelMixin:
         if not self.low_halves:
             return self.model
         model = converted(self.model, torch.device("cpu"), torch.float32)
-        for parameter, master in zip(model.parameters(), masters(self).values(), strict=True):
+        for parameter, master in zip(model.parameters(), self.masters().values(), strict=True):
             parameter.data.copy_(master)
         return model
 
@@ -207,11 +218,11 @@ def lora_config(config: TrainConfig, family: Family) -> LoraConfig:
     return LoraConfig(r=config.rank, lora_alpha=config.lora_alpha or config.rank, target_modules=targets)
 
 
-class LoRAStudent:
+class LoRAStudent(Student):
     """LoRA adapters are trained. They live in the base itself, which is held once, and are off unless asked for."""
 
     def __init__(self, config: TrainConfig, base: PretrainedModel):
-        self.weights, self.family, self.lora = base.denoiser, base.family, lora_config(config, base.family)
+        self.base, self.weights, self.lora = base, base.denoiser, lora_config(config, base.family)
         self.theta = [*self.weights.parameters()]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -232,9 +243,6 @@ class LoRAStudent:
         self.active: str | None = None
         self.model = _Adapted(self, STUDENT)
         self.reference = _Adapted(self, REFERENCE if self.averaged else None)
-
-    def compile(self, static: bool) -> None:
-        compile_blocks(self.weights, self.family, static)
 
     def networks(self) -> list[ModelMixin]:
         return [self.weights]
@@ -259,26 +267,22 @@ class LoRAStudent:
     def training(self) -> AbstractContextManager:
         return self.using(STUDENT)  # a checkpointed layer runs again in the backward pass
 
-    def relative_delta(self) -> float:
-        squares, weights = [], masters(self)
+    def _delta_norm(self) -> Tensor:
+        squares, weights = [], self.masters()
         for path, layer in self.layers.items():
             down, up = (weights[f"{path}.lora_{factor}.{STUDENT}.weight"].flatten(1) for factor in "AB")
             # ||B A||^2 = tr((B^T B) (A A^T)), without the product, which has the size of the layer.
             squares.append(layer.scaling[STUDENT] ** 2 * ((up.T @ up) * (down @ down.T)).sum())
-        return (torch.stack(squares).sum().clamp(min=0).sqrt() / self._theta_norm).item()
-
-    @cached_property
-    def _theta_norm(self) -> Tensor:
-        return torch.stack([_norm(theta) for theta in self.theta]).norm()
+        return torch.stack(squares).sum().clamp(min=0).sqrt()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The adapters under peft's names."""
-        return get_peft_model_state_dict(self.weights, masters(self), adapter_name=STUDENT)
+        return get_peft_model_state_dict(self.weights, self.masters(), adapter_name=STUDENT)
 
     def merged(self) -> ModelMixin:
         model = converted(self.weights, torch.device("cpu"), torch.float32)
         own = dict(model.named_parameters())
-        for path, master in masters(self).items():
+        for path, master in self.masters().items():
             own[path].data.copy_(master)
         for layer in lora_layers(model).values():
             layer.enable_adapters(True)
@@ -316,18 +320,6 @@ def converted(model: ModelMixin, device: torch.device, dtype: torch.dtype) -> Mo
         return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
 
     return copy.deepcopy(model, {id(tensor): copied(tensor) for tensor in (*model.parameters(), *model.buffers())})
-
-
-def compile_blocks(model: ModelMixin, family: Family, static: bool) -> None:
-    """Compile the blocks of `model` that repeat, one by one, which takes a fraction of the time of the whole.
-
-    What lies between them costs launches, which a captured graph does not have. The whole would also be wrong: torch 2.13's
-    Inductor loses the gradient of a UNet's upsampling on a CPU.
-    """
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    for module in model.modules():
-        if type(module).__name__ in family.repeated_blocks:
-            module.compile(dynamic=False if static else None)
 
 
 def _norm(tensor: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from runs import RANKS
-from selfnpo.training.student import masters
 from selfnpo.training.trainer import Trainer
 from selfnpo_kernels import join_weights
 
@@ -21,7 +20,7 @@ def progress(trainer: Trainer) -> dict[str, Tensor]:
     student, moments = trainer.state.student, trainer.state.optimizer.tensors().items()
     low_halves = student.averaged_low_halves
     found = {
-        "weights": masters(student).values(),
+        "weights": student.masters().values(),
         "average": [join_weights(high, low_halves[name]) if low_halves else high for name, high in student.averaged.items()],
         "first moments": [value for name, value in moments if name.endswith(".exp_avg")],
         "second moments": [value for name, value in moments if name.endswith(".exp_avg_sq")],

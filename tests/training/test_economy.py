@@ -9,7 +9,6 @@ import torch
 from runs import RANKS, assert_same_state, settings, start
 from selfnpo.config import dtype_of
 from selfnpo.training.optimizer import moment_bytes
-from selfnpo.training.student import masters
 
 
 @pytest.mark.parametrize("rank", RANKS)
@@ -41,7 +40,7 @@ def test_low_precision_trains_near_float32(models, precision, rank):
     held = torch.bfloat16 if precision == "bf16" else torch.float32  # bfloat16 is the high half
     assert all(parameter.dtype == held for parameter in state.student.trainable.values())
     assert bool(state.student.low_halves) == (precision == "bf16")
-    assert all(weight.dtype == torch.float32 for weight in masters(state.student).values())
+    assert all(weight.dtype == torch.float32 for weight in state.student.masters().values())
     reference = state.base.denoiser if rank else state.student.reference
     assert next(reference.parameters()).dtype == dtype_of(precision)
     assert state.scaler.is_enabled() == (precision == "fp16")

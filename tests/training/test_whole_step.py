@@ -9,7 +9,7 @@ import tiny
 from runs import RANKS, settings, start
 from selfnpo.errors import UserError
 from selfnpo.training.step import check_compiled
-from selfnpo.training.student import FullStudent, masters
+from selfnpo.training.student import FullStudent
 
 LIKE_A_GPU = {"mixed_precision": "bf16", "compile": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2}
 
@@ -35,12 +35,12 @@ def test_a_compiled_step_in_bf16_is_the_eager_one_in_float32(flat, rank):
     kernels = [weight for weight in network.parameters() if weight.ndim == 4 and weight.shape[2] > 1]
     assert kernels
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
-    before = masters(compiled.state.student)
+    before = compiled.state.student.masters()
     for _ in range(3):
         loss, norm = compiled.train_step()
         assert loss.item() == pytest.approx(plain.train_step()[0].item(), rel=0.1)
         assert norm.isfinite()
-    after = masters(compiled.state.student)
+    after = compiled.state.student.masters()
     assert all(weight.isfinite().all() for weight in after.values())
     moved = sum(not weight.equal(before[name]) for name, weight in after.items())
     assert moved > 0.9 * len(after)
