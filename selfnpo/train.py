@@ -5,22 +5,19 @@ from dataclasses import replace
 
 import torch
 
-from selfnpo.budget.advice import out_of_memory, shortage
+from selfnpo.budget.advice import advised, shortage
 from selfnpo.budget.cost import count_flops, describe
 from selfnpo.budget.memory import memory_plan
 from selfnpo.cli import run
-from selfnpo.config import TrainConfig, parse_config, to_yaml
+from selfnpo.config import TrainConfig, parse_config
 from selfnpo.demo.run_report import demo_report
 from selfnpo.device import default_device
-from selfnpo.errors import is_out_of_memory
 from selfnpo.export.hub import create_repo, upload
 from selfnpo.export.negative import save_negative
 from selfnpo.export.run_cost import beside_steps, compute_cost, save_metrics
-from selfnpo.files import write_text
 from selfnpo.inputs.data import load_base, read_data
 from selfnpo.models import Source
 from selfnpo.output import RESULTS, check_output, prepare_output
-from selfnpo.schedule import make_grid
 from selfnpo.training.supported import check_supported
 from selfnpo.training.trainer import Trainer
 
@@ -28,28 +25,22 @@ from selfnpo.training.trainer import Trainer
 def main(config: TrainConfig) -> int | None:
     device = default_device()
     check_output(config.output_dir, config.overwrite, resume=config.resume_from_checkpoint is not None)
-    check_supported(config, device)
     source = Source(config)
-    make_grid(source.scheduler, config.num_inference_steps)  # refused before anything lasts
+    check_supported(config, source, device)
     data = read_data(config, source)
     needs = config, source, len(data.prompts), device
     plan = memory_plan(*needs)
     print(plan, shortage(plan, *needs), sep="\n", end="")
     trainer = None
-    try:
+    with advised(*needs, lambda: trainer.last_checkpoint() if trainer else "nothing was written"):
         base = load_base(config, data)
         if config.push_to_hub:
             config = replace(config, hub_model_id=create_repo(config))
         trainer = Trainer(config, base, config.output_dir, data=data)
         prepare_output(config.output_dir, RESULTS, config.overwrite, resume=config.resume_from_checkpoint is not None)
-        write_text(config.output_dir / "config.yaml", to_yaml(config))
         status = trainer.run(wait=False)
         with trainer.closing():
             return finish(trainer, source, status)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise out_of_memory(*needs, error, trainer.last_checkpoint() if trainer else "nothing was written") from error
 
 
 def finish(trainer: Trainer, source: Source, status: str) -> int | None:

@@ -2,6 +2,8 @@
 
 import importlib.util
 import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from math import inf
 from typing import Any
@@ -12,7 +14,7 @@ from selfnpo.budget.memory import MemoryPlan, memory_plan
 from selfnpo.cli import as_flags
 from selfnpo.config import TrainConfig
 from selfnpo.device import free_memory, total_memory
-from selfnpo.errors import UserError, first_line
+from selfnpo.errors import UserError, first_line, is_out_of_memory
 from selfnpo.models import Source
 
 SHARE_OF_DEVICE = 0.9  # of its memory, that a plan may take where an earlier one turned out too large
@@ -27,6 +29,19 @@ def shortage(plan: MemoryPlan, config: TrainConfig, source: Source, prompts: int
     there = f"are free on {device}" if device.type == "cuda" else "this machine has"
     advice = _advice(config, source, prompts, device, free)
     return f"warning: the plan is larger than the {_size(free)} that {there}; {advice}\n"
+
+
+@contextmanager
+def advised(
+    config: TrainConfig, source: Source, prompts: int, device: torch.device, last_checkpoint: Callable[[], str]
+) -> Iterator[None]:
+    """Where no more memory is found within, a UserError says what to do; see `out_of_memory`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(config, source, prompts, device, error, last_checkpoint()) from error
 
 
 def out_of_memory(

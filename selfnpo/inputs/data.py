@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from selfnpo.config import TrainConfig, dtype_of
-from selfnpo.device import default_device
 from selfnpo.errors import UserError
 from selfnpo.inputs.images import encode_images, read_folder
 from selfnpo.inputs.prompts import read_prompts
@@ -54,15 +53,14 @@ def _needed(prompts: list[str], config: TrainConfig) -> list[str]:
 
 def load_base(config: TrainConfig, data: TrainData) -> PretrainedModel:
     """The base where training wants it: a LoRA shares its weights, full training keeps them on the host beside a GPU."""
-    lora, device, dtype = config.rank > 0, default_device(), dtype_of(config.mixed_precision)
+    lora, dtype = config.rank > 0, dtype_of(config.mixed_precision)
     return load_pretrained(
         config,
         config,
         data.prompts,
         config.validation_prompt,
-        device=device,
         dtype=dtype,
-        weights_device=device if lora else torch.device("cpu"),
+        weights_device=None if lora else torch.device("cpu"),
         weights_dtype=dtype if lora else torch.float32,
         stream_conditions=config.low_vram,
     )

@@ -5,6 +5,8 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 
 from selfnpo.config import TrainConfig
 from selfnpo.errors import UserError, first_line
+from selfnpo.models import Source
+from selfnpo.schedule import make_grid
 from selfnpo_kernels.dispatch import triton_failure
 
 
@@ -36,12 +38,13 @@ def strategies(config: TrainConfig, device: torch.device) -> list[str]:
     return found
 
 
-def check_supported(config: TrainConfig, device: torch.device) -> None:
+def check_supported(config: TrainConfig, source: Source, device: torch.device) -> None:
     """Refuse what cannot work, before weights load.
 
     Raises:
-        UserError: settings that exclude each other, or that this machine cannot do.
+        UserError: settings that exclude each other, or that the model or this machine cannot do.
     """
+    make_grid(source.scheduler, config.num_inference_steps)
     reason = capture_obstacle(config, device)
     if config.capture == "on" and reason:
         raise UserError(f"capture is on, but {reason}; leave --capture out, or change that")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from selfnpo.config import TrainConfig
+from selfnpo.config import TrainConfig, to_yaml
 from selfnpo.device import Meter
 from selfnpo.errors import UserError, first_line, is_out_of_memory
 from selfnpo.files import write_text
@@ -79,6 +79,8 @@ class Trainer:
         """
         config, state = self.config, self.state
         losses: list[Tensor] = []
+        if self.output_dir:
+            write_text(self.output_dir / "config.yaml", to_yaml(config))
         self.step.prepare()
         started, ending = time.perf_counter() - state.seconds, "completed"
         with (

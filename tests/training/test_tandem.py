@@ -12,6 +12,7 @@ from commands import call
 from runs import settings, start
 from selfnpo.config import TrainConfig
 from selfnpo.errors import UserError
+from selfnpo.models import Source
 from selfnpo.training import tandem
 from selfnpo.training.supported import capture_obstacle, check_supported, strategies
 
@@ -70,20 +71,20 @@ def arms(monkeypatch, tmp_path):
 )
 def test_the_faster_one_is_taken_if_it_is_worth_it(arms, shared, expected):
     said = []
-    assert tandem.choose(arms(sequential=100.0, shared=shared), lambda: "here", CPU, said.append) == expected
+    assert tandem.fastest(arms(sequential=100.0, shared=shared), lambda: "here", CPU, said.append) == expected
     assert said == [f"reference and student: {expected} (sequential 100 ms, shared {shared:.3g} ms)"]
 
 
 def test_a_choice_is_remembered_for_what_it_depends_on(arms, tmp_path):
-    assert tandem.choose(arms(sequential=2.0, shared=1.0), lambda: "here", CPU) == "shared"
+    assert tandem.fastest(arms(sequential=2.0, shared=1.0), lambda: "here", CPU) == "shared"
     slower = arms(sequential=1.0, shared=2.0)
-    assert tandem.choose(slower, lambda: "here", CPU) == "shared"
-    assert tandem.choose(slower, lambda: "there", CPU) == "sequential"
+    assert tandem.fastest(slower, lambda: "here", CPU) == "shared"
+    assert tandem.fastest(slower, lambda: "there", CPU) == "sequential"
     file = tmp_path / "selfnpo" / "tandem.json"
     assert json.loads(file.read_text())["here"] == {"strategy": "shared", "milliseconds": {"sequential": 2.0, "shared": 1.0}}
     file.write_text("{ not json")
-    assert tandem.choose(slower, lambda: "here", CPU) == "sequential"
-    assert tandem.choose({"sequential": None}, None, CPU) == "sequential"  # nothing to measure, and nothing asked
+    assert tandem.fastest(slower, lambda: "here", CPU) == "sequential"
+    assert tandem.fastest({"sequential": None}, None, CPU) == "sequential"  # nothing to measure, and nothing asked
 
 
 @pytest.mark.parametrize("failing", ["sequential", "streams", "shared"])
@@ -102,7 +103,7 @@ def test_a_strategy_that_cannot_be_captured_is_left_out(monkeypatch, tmp_path, f
 
     monkeypatch.setattr(tandem, "capture", capture)
     probes, said = {name: partial(str, name) for name in ("sequential", "streams", "shared")}, []
-    chosen = tandem.choose(probes, lambda: "here", CUDA, said.append)
+    chosen = tandem.fastest(probes, lambda: "here", CUDA, said.append)
     assert chosen == {"sequential": "sequential", "streams": "shared", "shared": "streams"}[failing]
     assert said[0] == f"reference and student: {failing} cannot run here: CUDA out of memory. Tried to allocate"
 
@@ -138,9 +139,9 @@ def test_settings_that_cannot_be_captured(changes, reason):
     assert capture_obstacle(config, CUDA).startswith(reason)
     if reason:
         with pytest.raises(UserError, match=f"capture is on, but {reason}"):
-            check_supported(config, CUDA)
+            check_supported(config, Source(config), CUDA)
     else:
-        check_supported(config, CUDA)
+        check_supported(config, Source(config), CUDA)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_a_gpu_that_is_too_old_to_compile_for_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GTX 1080")
     with pytest.raises(UserError, match="which needs Triton on a GPU of sm_70 or later: GTX 1080 is older than sm_70; inst"):
-        check_supported(TrainConfig(compile=True), CUDA)
+        check_supported(TrainConfig(compile=True), Source(TrainConfig()), CUDA)
 
 
 def test_a_missing_compiler_is_said(monkeypatch):
@@ -175,4 +176,4 @@ def test_a_missing_compiler_is_said(monkeypatch):
 
     monkeypatch.setattr("selfnpo.training.supported.get_cpp_compiler", nothing)
     with pytest.raises(UserError, match=r"compile is on, which needs a C\+\+ compiler: No working"):
-        check_supported(TrainConfig(compile=True), CPU)
+        check_supported(TrainConfig(compile=True), Source(TrainConfig()), CPU)
