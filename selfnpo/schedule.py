@@ -13,8 +13,6 @@ from torch import Tensor
 
 from selfnpo.errors import UserError
 
-WEIGHTINGS = ("x0", "epsilon")
-
 
 @dataclass(frozen=True)
 class Schedule:

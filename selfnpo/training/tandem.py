@@ -48,31 +48,26 @@ class Tandem:
         """(target, prev_sample, model_output) `[B, ...]`: the reference's estimate of x_0 at x_t, its next state unless
         the rollout brought the target, and the student's output at x_s; holds to the end of the backward pass."""
         student = self.student
-        shared = self.strategy == "shared"
-        with joint(student.layers.values(), *self._adapters()) if shared else student.training():
-            if batch.target is not None:
-                yield batch.target, None, self._answer(asked)
-                return
-            outputs, model_output = self._together(batch, asked) if shared else self._apart(batch, asked)
-            prev_sample, target = self.reference.move_on(batch.sample, batch.position, outputs)
-            yield target, prev_sample, model_output
-
-    def _answer(self, asked: StudentBatch) -> Tensor:
-        return self.base.predict(self.student.model, asked.sample, asked.timesteps, asked.condition)
-
-    def _apart(self, batch: RolloutBatch, asked: StudentBatch) -> tuple[Outputs, Tensor]:
-        if self.side is None:
-            return self._evaluate(batch), self._answer(asked)
-        self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side):
-            outputs = self._evaluate(batch)
-        model_output = self._answer(asked)
-        torch.cuda.current_stream().wait_stream(self.side)
-        return outputs, model_output
+        if self.strategy == "shared":
+            with joint(student.layers.values(), STUDENT, REFERENCE if student.averaged else None):
+                yield self._moved_on(batch, *self._together(batch, asked))
+            return
+        outputs = self._evaluate(batch) if batch.target is None else None
+        with student.training():
+            model_output = self.base.predict(student.model, asked.sample, asked.timesteps, asked.condition)
+            if self.side is not None:
+                torch.cuda.current_stream().wait_stream(self.side)
+            yield self._moved_on(batch, outputs, model_output)
 
     @torch.no_grad()
     def _evaluate(self, batch: RolloutBatch) -> Outputs:
-        return self.reference.evaluate(self.student.reference, batch.sample, batch.position, batch.condition)
+        """On the side stream, if there is one; whoever uses the outputs waits for it."""
+        asked = self.student.reference, batch.sample, batch.position, batch.condition
+        if self.side is None:
+            return self.reference.evaluate(*asked)
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            return self.reference.evaluate(*asked)
 
     def _together(self, batch: RolloutBatch, asked: StudentBatch) -> tuple[Outputs, Tensor]:
         base, condition = self.base, batch.condition
@@ -84,8 +79,13 @@ class Tandem:
             both = base.family.call(self.student.weights, *pair(one, other))
         return (both.reference, None), both.student
 
-    def _adapters(self) -> tuple[str, str | None]:
-        return STUDENT, REFERENCE if self.student.averaged else None
+    def _moved_on(
+        self, batch: RolloutBatch, outputs: Outputs | None, model_output: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        if outputs is None:
+            return batch.target, None, model_output
+        prev_sample, target = self.reference.move_on(batch.sample, batch.position, outputs)
+        return target, prev_sample, model_output
 
 
 def fastest(
