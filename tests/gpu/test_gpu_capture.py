@@ -1,4 +1,4 @@
-"""A replayed step is the step: the same losses, weights, moments, samples and books, however reference and student run."""
+"""A replayed step is the step: the same losses, weights, moments, samples, counters, however reference and student run."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def progress(trainer: Trainer) -> dict[str, Tensor]:
     return {kind: torch.cat([tensor.detach().flatten() for tensor in tensors]) for kind, tensors in found.items()}
 
 
-def books(trainer: Trainer) -> list[Tensor]:
+def counters(trainer: Trainer) -> list[Tensor]:
     """Counters, rates, and which trajectories are where."""
     state = trainer.state
     return [trainer.step.counter, state.optimizer.count, state.optimizer.lr, *state.rollout.place(trainer.step.counter)]
@@ -42,7 +42,7 @@ def assert_same_run(begin, trained, model: str, **changes: object) -> None:
     assert len(set(losses)) == STEPS  # every step has samples and noise of its own
     assert captured.state.scalars() | {"startup_seconds": 0} == eager.state.scalars() | {"startup_seconds": 0}
     assert captured.state.step == int(captured.step.counter) + 1 == int(captured.state.optimizer.count) == STEPS
-    assert all(one.equal(other) for one, other in zip(books(captured), books(eager), strict=True))
+    assert all(one.equal(other) for one, other in zip(counters(captured), counters(eager), strict=True))
     for (kind, before), one, other in zip(start.items(), progress(eager).values(), progress(captured).values(), strict=True):
         moved = (one - before).norm()
         assert moved > 0, kind

@@ -64,7 +64,7 @@ def test_steps_on_a_device(models, family, rollout, rank):
             trainer.step.prepare()
             crossings.clear()
             got = [trainer.train_step()[0] for _ in range(2)]
-            assert bool(crossings) == (stream or rollout != "pool")  # the books of a pool are kept on the device
+            assert bool(crossings) == (stream or rollout != "pool")  # the indices of a pool are kept on the device
             assert all(isinstance(parameter, OnDevice) for parameter in trainer.state.student.trainable.values())
             assert all(isinstance(rows, OnDevice) != stream for rows in trainer.base.conditions.rows.values())
             got = [loss.to("cpu").item() for loss in got]

@@ -74,9 +74,9 @@ def gradients(model, batch, weighting="epsilon"):
     blocks = []
     for step, index in enumerate(torch.arange(len(batch.sample)).split(200)):
         part = {name: getattr(batch, name)[index] for name in ("sample", "target", "position", "condition")}
-        jumped = objective.jump(dataclasses.replace(batch, **part), torch.tensor(step))
-        output = model.predict(model.denoiser, jumped.sample, jumped.timesteps, jumped.condition)
-        loss = objective.loss(jumped, output, part["target"])
+        asked = objective.jump(dataclasses.replace(batch, **part), torch.tensor(step))
+        output = model.predict(model.denoiser, asked.sample, asked.timesteps, asked.condition)
+        loss = objective.loss(asked, output, part["target"])
         (gradient,) = torch.autograd.grad(loss, model.denoiser.linear)
         blocks.append(gradient.flatten())
     return torch.stack(blocks)
