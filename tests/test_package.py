@@ -21,18 +21,7 @@ def test_the_wheel_holds_the_extension_and_the_demo_without_network_or_torch(tmp
     stale = source / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "cmake" / "CMakeCache.txt"
     stale.parent.mkdir(parents=True)
     stale.write_text("CMAKE_GENERATOR:INTERNAL=Ninja\nCMAKE_MAKE_PROGRAM:FILEPATH=/gone/ninja\n")
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-build-isolation",
-        "--no-deps",
-        "--no-index",
-        "-w",
-        str(tmp_path),
-        ".",
-    ]
+    build = [sys.executable, *"-m pip wheel --no-build-isolation --no-deps --no-index -w".split(), str(tmp_path), "."]
     environment = {**os.environ, "PYTHONPATH": str(source / "hide"), "CMAKE_ARGS": "-DSELFNPO_CUDA=OFF"}
     done = subprocess.run(build, cwd=source, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -43,6 +32,8 @@ def test_the_wheel_holds_the_extension_and_the_demo_without_network_or_torch(tmp
     assert [info.filename for info in weights] == ["selfnpo/demo/weights/transformer/diffusion_pytorch_model.safetensors"]
     assert weights[0].file_size < 2_000_000
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"selfnpo", "selfnpo_kernels"}
+    modules = (path for package in ("selfnpo", "selfnpo_kernels") for path in (ROOT / package).rglob("*.py"))
+    assert {path.relative_to(ROOT).as_posix() for path in modules} <= set(names)
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     code = "from selfnpo_kernels import extension, triton_kernels; print(extension.describe())"
     done = subprocess.run(
