@@ -21,7 +21,8 @@ def test_the_wheel_holds_the_extension_and_the_demo_without_network_or_torch(tmp
     stale = source / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "cmake" / "CMakeCache.txt"
     stale.parent.mkdir(parents=True)
     stale.write_text("CMAKE_GENERATOR:INTERNAL=Ninja\nCMAKE_MAKE_PROGRAM:FILEPATH=/gone/ninja\n")
-    build = [sys.executable, *"-m pip wheel --no-build-isolation --no-deps --no-index -w".split(), str(tmp_path), "."]
+    offline = ["--no-build-isolation", "--no-deps", "--no-index"]
+    build = [sys.executable, "-m", "pip", "wheel", *offline, "-w", str(tmp_path), "."]
     environment = {**os.environ, "PYTHONPATH": str(source / "hide"), "CMAKE_ARGS": "-DSELFNPO_CUDA=OFF"}
     done = subprocess.run(build, cwd=source, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
