@@ -44,7 +44,7 @@ def test_the_wheel_holds_the_extension_and_the_demo_without_network_or_torch(tmp
     assert weights[0].file_size < 2_000_000
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"selfnpo", "selfnpo_kernels"}
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    code = "from selfnpo_kernels import extension, triton_kernels; print(extension.describe())"
+    code = "from selfnpo_kernels import extension, triton_kernels; print(extension.state())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path / "installed", capture_output=True, text=True, check=True
     )
