@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks import published
 from selfnpo.budget import cost as meter
-from selfnpo.budget.cost import Flops, cost_of_compute, count_flops, describe, predicted, step_flops
+from selfnpo.budget.cost import Flops, cost_lines, cost_of_compute, count_flops, predicted, step_flops
 from selfnpo.budget.meta import call_on_meta
 from selfnpo.config import TrainConfig
 from selfnpo.device import Meter, matmul_peak
@@ -233,7 +233,7 @@ def test_predictions_assume_the_record():
 def described(device: torch.device, seconds: float, tflops: float, peak_tflops: float, **others: object) -> str:
     cost = cost_of_compute(device, seconds, tflops * 1e12 * seconds, peak_tflops * 1e12)
     cost |= {"energy_wh": None, "gpu_utilisation": None} | others
-    return describe(json.loads(json.dumps(cost)))
+    return cost_lines(json.loads(json.dumps(cost)))
 
 
 def test_the_closing_line_on_a_gpu():
