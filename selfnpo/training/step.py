@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from selfnpo.device import device_name, seconds_of
 from selfnpo.errors import UserError
 from selfnpo.schedule import make_grid, make_schedule
-from selfnpo.training.attention import choose_attention, describe, spare_single_keys
+from selfnpo.training.attention import choice_lines, choose_attention, spare_single_keys
 from selfnpo.training.capture import Replayed
 from selfnpo.training.objective import Jumped, TruncatedObjective
 from selfnpo.training.rollout import Truncated
@@ -61,7 +61,7 @@ class TrainingStep:
         if config.attention == "auto":
             for network in state.student.networks():
                 if device.type == "cuda":
-                    print(describe(choose_attention(network, lambda: self._probe(self.tandem))))
+                    print(choice_lines(choose_attention(network, lambda: self._probe(self.tandem))))
                 else:
                     spare_single_keys(network, partial(self._one_sample, network))
         if state.step == 0:  # before anything is compiled, for batches of all sizes come up
