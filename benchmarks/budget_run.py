@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from benchmarks import report, results
 from benchmarks.workloads import evaluations, sd15
-from selfnpo.budget.cost import EFFICIENCY, count_flops, describe, step_flops
+from selfnpo.budget.cost import EFFICIENCY, cost_lines, count_flops, step_flops
 from selfnpo.cli import parse, run
 from selfnpo.config import check
 from selfnpo.errors import UserError
@@ -70,7 +70,7 @@ def main(options: BudgetRun) -> int:
         trainer.run()
     state, flops = trainer.state, count_flops(config, workload.source)
     cost = training_cost(state) | compute_cost(state, trainer.meter, flops)
-    print(describe(cost | {"predicted_gpu_hours": None}))  # which would be those of a stand-in
+    print(cost_lines(cost | {"predicted_gpu_hours": None}))  # which would be those of a stand-in
     print(beside_steps(state))
     peak = 1e12 * cost["matmul_peak_tflops"]
     predicted = state.step * step_flops(config, flops, evaluations(config)) / (EFFICIENCY * peak)

@@ -61,7 +61,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     return found
 
 
-def describe(found: list[Change]) -> str:
+def table(found: list[Change]) -> str:
     certain = sorted((change for change in found if change.is_certain), key=lambda change: -change.share)
     lines = [f"{len(found)} times compared, {len(certain)} changed by more than the noise"]
     if certain:
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     if devices[0] != devices[1]:
         raise UserError(f"{arguments[0]} was measured on {devices[0]}, {arguments[1]} on {devices[1]}; expected one device")
     found = changes(old, new)
-    print(describe(found))
+    print(table(found))
     return int(any(change.is_certain and change.share > 0 for change in found))
 
 

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.tables import TABLES, key, label
 from selfnpo.device import cpu_name
-from selfnpo.env import describe
+from selfnpo.env import installation
 from selfnpo.errors import UserError, first_line
 from selfnpo.files import write_text
 
@@ -54,7 +54,7 @@ def environment() -> dict[str, Any]:
     commit, changed = checkout()
     if told := os.environ.get("SELFNPO_COMMIT"):
         commit, changed = told.removesuffix(CHANGED), ["unknown ones"] if told.endswith(CHANGED) else []
-    found = describe() | {"device": device(), "commit": commit, "changed files": changed}
+    found = installation() | {"device": device(), "commit": commit, "changed files": changed}
     return found | (_clocks() if torch.cuda.is_available() else {})
 
 

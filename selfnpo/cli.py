@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from selfnpo.errors import UserError
-from selfnpo_kernels.dispatch import choose
+from selfnpo_kernels.dispatch import backend_for
 
 Config = TypeVar("Config")
 
@@ -22,7 +22,7 @@ def parse(config_type: type[Config], args: Sequence[str] | None = None, default:
     """
     config = tyro.cli(config_type, args=args, default=default, use_underscores=True)
     try:
-        choose("this command", torch.empty(0))
+        backend_for("this command", torch.empty(0))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{error}; unset SELFNPO_BACKEND or set it to another one") from error
     return config

@@ -36,19 +36,20 @@ def _gpus() -> str:
     return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
 
 
-def describe() -> dict[str, str]:
+def installation() -> dict[str, str]:
+    """What a bug report needs, by name."""
     return {
         "python": f"{platform.python_version()} on {platform.platform()}",
         "cpu": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
         "gpu": _gpus(),
         "cuda (torch)": torch.version.cuda or "none",
-        "kernels": dispatch.describe(),
-        "selfnpo_kernels._C": extension.describe(),
+        "kernels": dispatch.summary(),
+        "selfnpo_kernels._C": extension.state(),
     } | {package: _version(package) for package in PACKAGES}
 
 
 def main() -> None:
-    for name, value in describe().items():
+    for name, value in installation().items():
         print(f"{name:20} {value}")
 
 

@@ -18,7 +18,7 @@ from selfnpo.demo.baselines import ShuffledLabels, random_perturbation
 from selfnpo.demo.evaluation import CFG, SEEDS, SELF_NPO, Evaluation, evaluate
 from selfnpo.demo.metrics import Metrics
 from selfnpo.device import cpu_name
-from selfnpo.env import describe
+from selfnpo.env import installation
 from selfnpo.errors import UserError
 from selfnpo.files import write_text
 from selfnpo.inputs.digits import Split, halves
@@ -117,7 +117,7 @@ def save(config: EvaluateConfig, evaluation: Evaluation) -> str:
         )
     )
     write_text(output_dir / "evaluation.md", text)
-    content = {"command": command(config), "environment": describe(), "values": evaluation.values}
+    content = {"command": command(config), "environment": installation(), "values": evaluation.values}
     write_text(output_dir / "evaluation.json", json.dumps(content, indent=1))
     report.save_precision_recall(evaluation, output_dir / "precision_recall.png")
     return text

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from selfnpo.budget.advice import advised, shortage
-from selfnpo.budget.cost import count_flops, describe
+from selfnpo.budget.cost import cost_lines, count_flops
 from selfnpo.budget.memory import memory_plan
 from selfnpo.cli import run
 from selfnpo.config import TrainConfig, parse_config
@@ -47,7 +47,7 @@ def finish(trainer: Trainer, source: Source, status: str) -> int | None:
     """Write the results and say where they are; returns the exit code."""
     state, config = trainer.state, trainer.config
     compute = compute_cost(state, trainer.meter, count_flops(config, source))
-    print(describe(save_metrics(state, status, compute)))
+    print(cost_lines(save_metrics(state, status, compute)))
     if status == "interrupted":
         print(f"interrupted after step {state.step}; continue with --resume_from_checkpoint latest")
         return 128 + signal.SIGINT

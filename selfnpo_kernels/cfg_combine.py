@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from selfnpo_kernels import extension, operands, reference
-from selfnpo_kernels.dispatch import choose
+from selfnpo_kernels.dispatch import backend_for
 from selfnpo_kernels.extension import typed
+from selfnpo_kernels.registration import register
 
 
 def cfg_combine(model_output: Tensor, guidance_scale: float | Tensor, guidance_rescale: float = 0.0) -> Tensor:
@@ -37,29 +38,16 @@ def cfg_combine(model_output: Tensor, guidance_scale: float | Tensor, guidance_r
     scale, scale_tensor = operands.scalar("cfg_combine", "guidance_scale", guidance_scale, model_output)
     if not math.isfinite(guidance_rescale):
         raise ValueError(f"cfg_combine got guidance_rescale = {guidance_rescale}; expected a finite number, 0 for none")
-    return torch.ops.selfnpo.cfg_combine(model_output, scale, scale_tensor, guidance_rescale)
+    return _op(model_output, scale, scale_tensor, guidance_rescale)
 
 
-torch.library.define(
-    "selfnpo::cfg_combine",
-    "(Tensor model_output, float scale, Tensor? scale_tensor, float guidance_rescale) -> Tensor",
-)
-
-
-def _empty_half(model_output: Tensor) -> Tensor:
-    half = model_output.shape[0] // 2
-    order = operands.memory_format(model_output)
-    return torch.empty_like(model_output[:half], memory_format=order)
-
-
-@torch.library.impl("selfnpo::cfg_combine", "CompositeExplicitAutograd")
-def _cfg_combine(model_output, scale, scale_tensor, guidance_rescale):
+def _run(model_output, scale, scale_tensor, guidance_rescale):
     scale = scale if scale_tensor is None else scale_tensor
     order = operands.memory_format(model_output)
-    backend = choose("cfg_combine", model_output)
+    backend = backend_for("cfg_combine", model_output)
     if backend == "reference":
         return reference.cfg_combine(model_output, scale, guidance_rescale).contiguous(memory_format=order)
-    out = _empty_half(model_output)
+    out = _fake(model_output)
     if not out.numel():
         return out
     model_output = operands.dense(model_output, order)
@@ -74,9 +62,9 @@ def _cfg_combine(model_output, scale, scale_tensor, guidance_rescale):
     return out
 
 
-@torch.library.register_fake("selfnpo::cfg_combine")
-def _(model_output, scale, scale_tensor, guidance_rescale):
-    return _empty_half(model_output)
+def _fake(model_output, *others):
+    half = model_output[: model_output.shape[0] // 2]
+    return torch.empty_like(half, memory_format=operands.memory_format(model_output))
 
 
 def _setup_context(ctx, inputs, output):
@@ -105,4 +93,7 @@ def _backward(ctx, grad):
     return torch.cat([half.reshape(shape) for half in halves]).to(ctx.dtype), None, None, None
 
 
-torch.library.register_autograd("selfnpo::cfg_combine", _backward, setup_context=_setup_context)
+_op = register(
+    "cfg_combine", "(Tensor model_output, float scale, Tensor? scale_tensor, float guidance_rescale) -> Tensor",
+    _run, _fake, _setup_context, _backward,
+)  # fmt: skip

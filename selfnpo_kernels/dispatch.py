@@ -42,7 +42,7 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(op: str, tensor: Tensor, cuda: str = "triton") -> str:
+def backend_for(op: str, tensor: Tensor, cuda: str = "triton") -> str:
     """The backend that runs `op` on `tensor`; `cuda` is the one that serves CUDA tensors by default."""
     forced = _forced or os.environ.get("SELFNPO_BACKEND")
     if forced:
@@ -74,10 +74,11 @@ def _obstacle(op: str, name: str, tensor: Tensor, cuda: str) -> str | None:
         return f"it computes in float32 on {', '.join(str(dtype)[6:] for dtype in extension.DTYPES)}; got {tensor.dtype}"
     device = tensor.device.type
     if name == "cpp":
-        if extension._C is None:
-            return f"the extension is {extension.describe()}"
-        if device == "cuda" and cuda == "cpp":
-            return _cuda_obstacle(tensor.device)
+        on_gpu = device == "cuda" and cuda == "cpp"
+        if extension._C is None or (on_gpu and not extension._C.cuda_architectures):
+            return f"the extension is {extension.state()}"
+        if on_gpu:
+            return _age(tensor.device)
         return None if device == "cpu" else f"it runs on the CPU, the tensor is on {tensor.device}; use triton or reference"
     if cuda != "triton":
         return "it has no Triton kernel; use cpp or reference"
@@ -88,12 +89,6 @@ def _obstacle(op: str, name: str, tensor: Tensor, cuda: str) -> str | None:
     if device == "cpu" and _interpreting():
         return None
     return f"it runs on CUDA devices, the tensor is on {tensor.device} (TRITON_INTERPRET=1 runs its interpreter on the CPU)"
-
-
-def _cuda_obstacle(device: torch.device) -> str | None:
-    if not extension._C.cuda_architectures:
-        return f"the extension is {extension.describe()}"
-    return _age(device)
 
 
 def _age(device: torch.device) -> str | None:
@@ -130,7 +125,7 @@ def _interpreting() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def describe() -> str:
+def summary() -> str:
     """One line on what runs where."""
     gpu = "reference" if triton_failure() else "triton"
     cpu = "reference" if extension._C is None else "cpp"

@@ -9,10 +9,7 @@ _C: ModuleType | None
 try:
     from selfnpo_kernels import _C
 except ImportError as error:
-    _C = None
-    failure: str | None = str(error)
-else:
-    failure = None
+    _C, failure = None, str(error)
 
 # In the order of csrc/cpu/kernel.h. The kernels compute in float32 whatever they read.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,8 +20,8 @@ def typed(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.data_ptr(), DTYPES.index(tensor.dtype))
 
 
-def describe() -> str:
-    """One line on the state of the extension."""
+def state() -> str:
+    """One line: whether the extension is there, and what it was built by."""
     if _C is None:
         return f"not available ({failure}); rebuild it with pip install --no-deps ."
     cuda = f"CUDA by {_C.cuda_architectures}" if _C.cuda_architectures else "no CUDA: built without nvcc"

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from selfnpo_kernels import extension, operands, reference
-from selfnpo_kernels.dispatch import choose
+from selfnpo_kernels.dispatch import backend_for
 from selfnpo_kernels.extension import typed
+from selfnpo_kernels.registration import register
 
 
 def forward_jump(
@@ -37,7 +38,7 @@ def forward_jump(
     check_noise("forward_jump", tuple(sample.shape), sample_ids, sample.device, site)
     seed, seed_tensor = operands.counter("forward_jump", "seed", seed, 64, sample.device)
     step, step_tensor = operands.counter("forward_jump", "step", step, 32, sample.device)
-    return torch.ops.selfnpo.forward_jump(sample, rows, sample_ids, seed, seed_tensor, step, step_tensor, site)
+    return _op(sample, rows, sample_ids, seed, seed_tensor, step, step_tensor, site)
 
 
 def check_noise(op: str, shape: tuple[int, ...], sample_ids: Tensor, device: torch.device, site: int) -> None:
@@ -58,20 +59,12 @@ def check_noise(op: str, shape: tuple[int, ...], sample_ids: Tensor, device: tor
         raise ValueError(f"{op} got {elements} elements per sample; the noise counts up to 2^34, split the sample")
 
 
-torch.library.define(
-    "selfnpo::forward_jump",
-    "(Tensor sample, Tensor rows, Tensor sample_ids, SymInt seed, Tensor? seed_tensor, SymInt step, Tensor? step_tensor, "
-    "int site) -> Tensor",
-)
-
-
-@torch.library.impl("selfnpo::forward_jump", "CompositeExplicitAutograd")
-def _forward_jump(sample, rows, sample_ids, seed, seed_tensor, step, step_tensor, site):
+def _run(sample, rows, sample_ids, seed, seed_tensor, step, step_tensor, site):
     if rows.device.type == "cpu" and rows.isnan().any():
         raise ValueError("forward_jump got a NaN in rows: a negative variance; expected every s noisier than its t")
     order = operands.memory_format(sample)
     seed, step = operands.unsigned(seed, seed_tensor), operands.unsigned(step, step_tensor)
-    backend = choose("forward_jump", sample)
+    backend = backend_for("forward_jump", sample)
     if backend == "reference":
         return reference.forward_jump(sample, rows, seed, step, sample_ids, site).contiguous(memory_format=order)
     out = torch.empty_like(sample, memory_format=order)
@@ -109,11 +102,6 @@ def launch(
     )  # fmt: skip
 
 
-@torch.library.register_fake("selfnpo::forward_jump")
-def _(sample, rows, sample_ids, seed, seed_tensor, step, step_tensor, site):
-    return torch.empty_like(sample, memory_format=operands.memory_format(sample))
-
-
 def _setup_context(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(inputs[1])
@@ -124,4 +112,9 @@ def _backward(ctx, grad):
     return reference.affine(rows[:, :1], grad).to(ctx.dtype), None, None, None, None, None, None, None
 
 
-torch.library.register_autograd("selfnpo::forward_jump", _backward, setup_context=_setup_context)
+_op = register(
+    "forward_jump",
+    "(Tensor sample, Tensor rows, Tensor sample_ids, SymInt seed, Tensor? seed_tensor, SymInt step, Tensor? step_tensor, "
+    "int site) -> Tensor",
+    _run, operands.empty_like, _setup_context, _backward,
+)  # fmt: skip

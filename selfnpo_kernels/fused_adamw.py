@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from selfnpo_kernels import extension, reference
-from selfnpo_kernels.dispatch import choose
+from selfnpo_kernels.dispatch import backend_for
 from selfnpo_kernels.operands import memory_format, same_order
+from selfnpo_kernels.registration import register
 
 
 def fused_adamw_(
@@ -69,7 +70,7 @@ def fused_adamw_(
     if not params:
         return
     with torch.no_grad():
-        torch.ops.selfnpo.fused_adamw_(*lists.values(), step, lr, grad_scale, *betas, eps, weight_decay, ema_decay)
+        _op(*lists.values(), step, lr, grad_scale, *betas, eps, weight_decay, ema_decay)
 
 
 def _check(lists: dict[str, list[Tensor]], scalars: dict[str, Tensor | None]) -> None:
@@ -124,16 +125,7 @@ def _kind(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
     return f"{dtype} {tuple(shape)} on {device}"
 
 
-torch.library.define(
-    "selfnpo::fused_adamw_",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] lows, "
-    "Tensor(e!)[] emas, Tensor(f!)[] ema_lows, Tensor step, Tensor lr, Tensor? grad_scale, float beta1, float beta2, "
-    "float eps, float weight_decay, float ema_decay) -> ()",
-)
-
-
-@torch.library.impl("selfnpo::fused_adamw_", "CompositeExplicitAutograd")
-def _fused_adamw_(
+def _run(
     params, grads, exp_avgs, exp_avg_sqs, lows, emas, ema_lows, step, lr, grad_scale, beta1, beta2, eps, weight_decay,
     ema_decay,
 ):  # fmt: skip
@@ -141,7 +133,7 @@ def _fused_adamw_(
     if device.type == "cpu" and step.item() < 1:
         raise ValueError(f"fused_adamw_ got step = {step.item()}; expected 1 or more: count the step before taking it")
     # The moments are float32 in every layout: they say whether the kernels' dtypes are at hand.
-    if choose("fused_adamw_", exp_avgs[0], cuda="cpp") == "reference":
+    if backend_for("fused_adamw_", exp_avgs[0], cuda="cpp") == "reference":
         reference.fused_adamw_(
             params, grads, exp_avgs, exp_avg_sqs, step, lr, grad_scale, lows, emas, ema_lows, beta1, beta2, eps,
             weight_decay, ema_decay,
@@ -165,6 +157,10 @@ def _fused_adamw_(
     extension._C.fused_adamw_cuda(tensors, *settings, step.data_ptr(), lr.data_ptr(), scale, device.index, stream)
 
 
-@torch.library.register_fake("selfnpo::fused_adamw_")
-def _(*args):
-    return None
+_op = register(
+    "fused_adamw_",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] lows, "
+    "Tensor(e!)[] emas, Tensor(f!)[] ema_lows, Tensor step, Tensor lr, Tensor? grad_scale, float beta1, float beta2, "
+    "float eps, float weight_decay, float ema_decay) -> ()",
+    _run, lambda *args: None,
+)  # fmt: skip

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from selfnpo_kernels import extension, operands, reference
-from selfnpo_kernels.dispatch import choose
+from selfnpo_kernels.dispatch import backend_for
 from selfnpo_kernels.extension import typed
+from selfnpo_kernels.registration import register
 
 
 def guided_step(
@@ -31,19 +32,12 @@ def guided_step(
     """
     operands.check("guided_step", sample, 4, rows, cond=cond, uncond=uncond)
     scale, scale_tensor = operands.scalar("guided_step", "guidance_scale", guidance_scale, sample)
-    return torch.ops.selfnpo.guided_step(sample, cond, uncond, rows, scale, scale_tensor)
+    return _op(sample, cond, uncond, rows, scale, scale_tensor)
 
 
-torch.library.define(
-    "selfnpo::guided_step",
-    "(Tensor sample, Tensor cond, Tensor? uncond, Tensor rows, float scale, Tensor? scale_tensor) -> (Tensor, Tensor)",
-)
-
-
-@torch.library.impl("selfnpo::guided_step", "CompositeExplicitAutograd")
-def _guided_step(sample, cond, uncond, rows, scale, scale_tensor):
+def _run(sample, cond, uncond, rows, scale, scale_tensor):
     order, scale_or_tensor = operands.memory_format(sample), scale if scale_tensor is None else scale_tensor
-    backend = choose("guided_step", sample)
+    backend = backend_for("guided_step", sample)
     if backend == "reference":
         results = reference.guided_step(sample, cond, uncond, scale_or_tensor, rows)
         return tuple(result.contiguous(memory_format=order) for result in results)
@@ -80,10 +74,8 @@ def launch(
     )  # fmt: skip
 
 
-@torch.library.register_fake("selfnpo::guided_step")
-def _(sample, cond, uncond, rows, scale, scale_tensor):
-    order = operands.memory_format(sample)
-    return torch.empty_like(sample, memory_format=order), torch.empty_like(sample, memory_format=order)
+def _fake(sample, *others):
+    return operands.empty_like(sample), operands.empty_like(sample)
 
 
 def _setup_context(ctx, inputs, output):
@@ -104,4 +96,8 @@ def _backward(ctx, grad_prev, grad_original):
     return grad_sample, grad_cond, grad_uncond, None, None, None
 
 
-torch.library.register_autograd("selfnpo::guided_step", _backward, setup_context=_setup_context)
+_op = register(
+    "guided_step",
+    "(Tensor sample, Tensor cond, Tensor? uncond, Tensor rows, float scale, Tensor? scale_tensor) -> (Tensor, Tensor)",
+    _run, _fake, _setup_context, _backward,
+)  # fmt: skip

@@ -89,6 +89,11 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def empty_like(tensor: Tensor, *_: object) -> Tensor:
+    """Memory for a result like `tensor`, in the order of `memory_format`; also the fake of an op with such a result."""
+    return torch.empty_like(tensor, memory_format=memory_format(tensor))
+
+
 def same_order(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape lie in memory in the same order.
 

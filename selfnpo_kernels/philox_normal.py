@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from selfnpo_kernels import operands, reference
-from selfnpo_kernels.dispatch import choose
+from selfnpo_kernels.dispatch import backend_for
 from selfnpo_kernels.forward_jump import check_noise, launch
+from selfnpo_kernels.registration import register
 
 _NOISE_ALONE = torch.tensor([[0.0, 1.0]])
 
@@ -48,21 +49,13 @@ def philox_normal(
     check_noise("philox_normal", shape, sample_ids, sample_ids.device, site)
     seed, seed_tensor = operands.counter("philox_normal", "seed", seed, 64, sample_ids.device)
     step, step_tensor = operands.counter("philox_normal", "step", step, 32, sample_ids.device)
-    return torch.ops.selfnpo.philox_normal(shape, sample_ids, seed, seed_tensor, step, step_tensor, site, dtype)
+    return _op(shape, sample_ids, seed, seed_tensor, step, step_tensor, site, dtype)
 
 
-torch.library.define(
-    "selfnpo::philox_normal",
-    "(SymInt[] shape, Tensor sample_ids, SymInt seed, Tensor? seed_tensor, SymInt step, Tensor? step_tensor, int site, "
-    "ScalarType dtype) -> Tensor",
-)
-
-
-@torch.library.impl("selfnpo::philox_normal", "CompositeExplicitAutograd")
-def _philox_normal(shape, sample_ids, seed, seed_tensor, step, step_tensor, site, dtype):
+def _run(shape, sample_ids, seed, seed_tensor, step, step_tensor, site, dtype):
     seed, step = operands.unsigned(seed, seed_tensor), operands.unsigned(step, step_tensor)
     out = torch.empty(shape, dtype=dtype, device=sample_ids.device)
-    backend = choose("philox_normal", out)
+    backend = backend_for("philox_normal", out)
     if backend == "reference":
         working = torch.float64 if dtype == torch.float64 else torch.float32
         return out.copy_(reference.philox_normal(shape, seed, step, site, sample_ids, working))
@@ -71,6 +64,13 @@ def _philox_normal(shape, sample_ids, seed, seed_tensor, step, step_tensor, site
     return out
 
 
-@torch.library.register_fake("selfnpo::philox_normal")
-def _(shape, sample_ids, seed, seed_tensor, step, step_tensor, site, dtype):
+def _fake(shape, sample_ids, seed, seed_tensor, step, step_tensor, site, dtype):
     return torch.empty(shape, dtype=dtype, device=sample_ids.device)
+
+
+_op = register(
+    "philox_normal",
+    "(SymInt[] shape, Tensor sample_ids, SymInt seed, Tensor? seed_tensor, SymInt step, Tensor? step_tensor, int site, "
+    "ScalarType dtype) -> Tensor",
+    _run, _fake,
+)  # fmt: skip

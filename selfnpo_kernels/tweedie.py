@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from selfnpo_kernels import operands, reference
-from selfnpo_kernels.dispatch import choose
+from selfnpo_kernels.dispatch import backend_for
 from selfnpo_kernels.guided_step import launch
+from selfnpo_kernels.registration import register
 
 
 def tweedie(sample: Tensor, model_output: Tensor, rows: Tensor) -> Tensor:
@@ -24,26 +25,17 @@ def tweedie(sample: Tensor, model_output: Tensor, rows: Tensor) -> Tensor:
         ValueError: shapes, dtypes or devices that do not fit.
     """
     operands.check("tweedie", sample, 2, rows, model_output=model_output)
-    return torch.ops.selfnpo.tweedie(sample, model_output, rows)
+    return _op(sample, model_output, rows)
 
 
-torch.library.define("selfnpo::tweedie", "(Tensor sample, Tensor model_output, Tensor rows) -> Tensor")
-
-
-@torch.library.impl("selfnpo::tweedie", "CompositeExplicitAutograd")
-def _tweedie(sample, model_output, rows):
+def _run(sample, model_output, rows):
     order = operands.memory_format(sample)
-    backend = choose("tweedie", sample)
+    backend = backend_for("tweedie", sample)
     if backend == "reference":
         return reference.tweedie(sample, model_output, rows).contiguous(memory_format=order)
     out = torch.empty_like(sample, memory_format=order)
     launch(backend, None, out, sample, model_output, None, rows, 1.0, order)
     return out
-
-
-@torch.library.register_fake("selfnpo::tweedie")
-def _(sample, model_output, rows):
-    return torch.empty_like(sample, memory_format=operands.memory_format(sample))
 
 
 def _setup_context(ctx, inputs, output):
@@ -58,4 +50,7 @@ def _backward(ctx, grad):
     return reference.affine(rows[:, :1], grad).to(sample_dtype), reference.affine(rows[:, 1:], grad).to(output_dtype), None
 
 
-torch.library.register_autograd("selfnpo::tweedie", _backward, setup_context=_setup_context)
+_op = register(
+    "tweedie", "(Tensor sample, Tensor model_output, Tensor rows) -> Tensor",
+    _run, operands.empty_like, _setup_context, _backward,
+)  # fmt: skip

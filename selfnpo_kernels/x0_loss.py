@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from selfnpo_kernels import extension, operands, reference
-from selfnpo_kernels.dispatch import choose
+from selfnpo_kernels.dispatch import backend_for
 from selfnpo_kernels.extension import typed
+from selfnpo_kernels.registration import register
 
 
 def x0_loss(
@@ -36,17 +37,11 @@ def x0_loss(
         raise ValueError(f"x0_loss got kind {kind!r}; expected 'l2' or 'huber'")
     if kind == "huber" and not 0 < huber_c < float("inf"):
         raise ValueError(f"x0_loss got huber_c = {huber_c}; expected a positive number, for example 1e-3")
-    return torch.ops.selfnpo.x0_loss(model_output, sample, target, rows, kind, huber_c)
+    return _op(model_output, sample, target, rows, kind, huber_c)
 
 
-_ARGUMENTS = "Tensor model_output, Tensor sample, Tensor target, Tensor rows, str kind, float huber_c"
-torch.library.define("selfnpo::x0_loss", f"({_ARGUMENTS}) -> Tensor")
-torch.library.define("selfnpo::x0_loss_backward", f"(Tensor grad, {_ARGUMENTS}, int operand) -> Tensor")
-
-
-@torch.library.impl("selfnpo::x0_loss", "CompositeExplicitAutograd")
-def _x0_loss(model_output, sample, target, rows, kind, huber_c):
-    backend = choose("x0_loss", sample)
+def _run(model_output, sample, target, rows, kind, huber_c):
+    backend = backend_for("x0_loss", sample)
     if backend == "reference" or not sample.numel():
         return reference.x0_loss(model_output, sample, target, rows, kind, huber_c)
     tensors, (rows, row_stride) = _dense(model_output, sample, target), operands.dense_rows(rows)
@@ -63,12 +58,11 @@ def _x0_loss(model_output, sample, target, rows, kind, huber_c):
     )  # fmt: skip
 
 
-@torch.library.impl("selfnpo::x0_loss_backward", "CompositeExplicitAutograd")
-def _x0_loss_backward(grad, model_output, sample, target, rows, kind, huber_c, operand):
+def _run_backward(grad, model_output, sample, target, rows, kind, huber_c, operand):
     """The gradient of operand 0 (sample), 1 (model_output) or 2 (target)."""
     like = (sample, model_output, target)[operand]
     order = operands.memory_format(model_output)
-    backend = choose("x0_loss", sample)
+    backend = backend_for("x0_loss", sample)
     if backend == "reference" or like.dtype not in extension.DTYPES:
         result = reference.x0_loss_backward(grad, model_output, sample, target, rows, kind, huber_c, operand)
         return result.to(like.dtype).contiguous(memory_format=order)
@@ -94,13 +88,11 @@ def _dense(model_output: Tensor, sample: Tensor, target: Tensor) -> tuple[Tensor
     return tuple(operands.dense(tensor, order) for tensor in (sample, model_output, target))
 
 
-@torch.library.register_fake("selfnpo::x0_loss")
-def _(model_output, sample, target, rows, kind, huber_c):
+def _fake(model_output, sample, target, rows, kind, huber_c):
     return sample.new_empty((), dtype=torch.float64 if sample.dtype == torch.float64 else torch.float32)
 
 
-@torch.library.register_fake("selfnpo::x0_loss_backward")
-def _(grad, model_output, sample, target, rows, kind, huber_c, operand):
+def _fake_backward(grad, model_output, sample, target, rows, kind, huber_c, operand):
     like = (sample, model_output, target)[operand]
     return torch.empty_like(like, memory_format=operands.memory_format(model_output))
 
@@ -112,10 +104,14 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     def of(operand: int) -> Tensor:
-        return torch.ops.selfnpo.x0_loss_backward(grad, *ctx.saved_tensors, ctx.kind, ctx.huber_c, operand)
+        return _backward_op(grad, *ctx.saved_tensors, ctx.kind, ctx.huber_c, operand)
 
     model_output, sample, target = ctx.needs_input_grad[:3]
     return of(1) if model_output else None, of(0) if sample else None, of(2) if target else None, None, None, None
 
 
-torch.library.register_autograd("selfnpo::x0_loss", _backward, setup_context=_setup_context)
+_ARGUMENTS = "Tensor model_output, Tensor sample, Tensor target, Tensor rows, str kind, float huber_c"
+_op = register("x0_loss", f"({_ARGUMENTS}) -> Tensor", _run, _fake, _setup_context, _backward)
+_backward_op = register(
+    "x0_loss_backward", f"(Tensor grad, {_ARGUMENTS}, int operand) -> Tensor", _run_backward, _fake_backward
+)

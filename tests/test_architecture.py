@@ -106,7 +106,7 @@ def test_no_pickle_and_no_remote_code():
 
 @pytest.mark.parametrize("hidden", ["triton", "selfnpo_kernels._C"])
 def test_the_kernels_import_without(hidden):
-    code = f"import sys; sys.modules[{hidden!r}] = None; import selfnpo_kernels; print(selfnpo_kernels.extension.describe())"
+    code = f"import sys; sys.modules[{hidden!r}] = None; import selfnpo_kernels; print(selfnpo_kernels.extension.state())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ("not available" in done.stdout) == (hidden == "selfnpo_kernels._C")
 

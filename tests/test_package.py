@@ -36,7 +36,7 @@ def test_the_wheel_holds_the_extension_and_the_demo_without_network_or_torch(tmp
     modules = (path for package in ("selfnpo", "selfnpo_kernels") for path in (ROOT / package).rglob("*.py"))
     assert {path.relative_to(ROOT).as_posix() for path in modules} <= set(names)
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    code = "from selfnpo_kernels import extension, triton_kernels; print(extension.describe())"
+    code = "from selfnpo_kernels import extension, triton_kernels; print(extension.state())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path / "installed", capture_output=True, text=True, check=True
     )

@@ -56,7 +56,7 @@ void forward_jump(const ForwardJump& op, int threads) {
             const float* z = draw_run(channel);
             for (int64_t i = 0; i < count; ++i) {
                 const int64_t k = i * channels + channel;
-                out[k] = (a == 0.0f ? 0.0f : a * x[k]) + (b == 0.0f ? 0.0f : b * z[i]);
+                out[k] = term(a, x[k]) + term(b, z[i]);
             }
         }
         finish(op.out, at, count * channels, out_tile.data());

@@ -4,9 +4,6 @@
 namespace selfnpo {
 namespace {
 
-// A zero coefficient removes its operand, even an infinite one.
-inline float term(float coefficient, float value) { return coefficient == 0.0f ? 0.0f : coefficient * value; }
-
 // All streams of memory in one loop, so that the processor fetches them side by side.
 template <bool kPrev, bool kUncond>
 inline void step(float* __restrict prev, float* __restrict original, const float* __restrict x, const float* __restrict cond,

@@ -38,7 +38,9 @@ const float* read(const ConstTensor& tensor, int64_t begin, int64_t count, float
 float* target(const Tensor& tensor, int64_t begin, float* buffer);
 void finish(const Tensor& tensor, int64_t begin, int64_t count, const float* buffer);
 
-// out = a x + b y; a coefficient of zero removes its operand, even an infinite one.
+// A coefficient of zero removes its operand, even an infinite one.
+inline float term(float coefficient, float value) { return coefficient == 0.0f ? 0.0f : coefficient * value; }
+// out = a x + b y, of such terms.
 void affine(float* out, float a, const float* x, float b, const float* y, int64_t count);
 // out = negative + scale (positive - negative)
 void guide(float* out, const float* negative, const float* positive, float scale, int64_t count);

@@ -10,9 +10,8 @@ struct Coefficients {
     float p, q, k;
 };
 
-// Zero coefficients remove their operands.
 inline float difference(const Coefficients& row, float x, float m, float t) {
-    return (row.p == 0.0f ? 0.0f : row.p * x) + (row.q == 0.0f ? 0.0f : row.q * m) + (row.k == 0.0f ? 0.0f : -row.k * t);
+    return term(row.p, x) + term(row.q, m) + term(-row.k, t);
 }
 
 SELFNPO_VECTORISED double sum_of_losses(const Coefficients row, const float* __restrict x, const float* __restrict m,
@@ -39,7 +38,7 @@ SELFNPO_VECTORISED void gradient(float* __restrict out, const Coefficients row, 
     for (int64_t i = 0; i < count; ++i) {
         const float d = difference(row, x[i], m[i], t[i]);
         const float slope = huber ? scale / (2.0f * std::sqrt(d * d + c * c)) : scale;
-        out[i] = coefficient == 0.0f ? 0.0f : slope * (2.0f * d) * coefficient;
+        out[i] = term(coefficient, slope * (2.0f * d));
     }
 }
 

@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads) update(const __grid_constant__ Table
 
 using Kernel = void (*)(const Table, const AdamWSettings, const int64_t*, const float*, const float*);
 
-Kernel choose(int grad_dtype, bool split) {
+Kernel kernel_for(int grad_dtype, bool split) {
     switch (grad_dtype) {
         case 0:
             return split ? update<float, true> : update<float, false>;
@@ -175,7 +175,7 @@ std::string fused_adamw_cuda(const std::vector<AdamWTensor>& tensors, int grad_d
         if (error != cudaSuccess || blocks == 0) continue;
         AdamWSettings by_value = settings;
         void* arguments[] = {&table, &by_value, &step, &lr, &grad_scale};
-        error = cudaLaunchKernel(choose(grad_dtype, tensors.front().low != nullptr), dim3(static_cast<unsigned>(blocks)),
+        error = cudaLaunchKernel(kernel_for(grad_dtype, tensors.front().low != nullptr), dim3(static_cast<unsigned>(blocks)),
                                  dim3(kThreads), arguments, 0, reinterpret_cast<cudaStream_t>(stream));
     }
     cudaSetDevice(before);

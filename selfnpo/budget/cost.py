@@ -73,7 +73,7 @@ def predicted(run_flops: float) -> dict[str, float]:
     return {gpu: run_flops / (EFFICIENCY * peak) / 3600 for gpu, peak in PEAKS.items()}
 
 
-def describe(cost: dict[str, Any]) -> str:
+def cost_lines(cost: dict[str, Any]) -> str:
     """The closing lines of a run.
 
     Args:

@@ -1,16 +1,14 @@
 """A model on the meta device: shapes without values, to count with."""
 
-from unittest.mock import patch
-
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
-from torch.nn import functional
 
 from selfnpo.config import TrainConfig
 from selfnpo.models import SampleOptions, Source
 from selfnpo.models.lora.adapters import STUDENT, add_lora, lora_layers, switch
+from selfnpo.training.attention import AttentionCalls
 from selfnpo.training.student import checkpoint_gradients, lora_config
 
 
@@ -42,7 +40,7 @@ def activations(config: TrainConfig, source: Source, model: ModelMixin, shape: t
 
     alive: list[Tensor] = []  # so that no address is given out twice
     with (
-        patch.object(functional, "scaled_dot_product_attention", lambda q, k, v, **options: _Flash.apply(q, k, v)),
+        AttentionCalls(lambda query, key, value, *_, **options: _Flash.apply(query, key, value)),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         call_on_meta(source, model, shape, config.train_batch_size, config)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import cache, wraps
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
 EFFICIENT, MATH = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
@@ -69,6 +69,22 @@ class Call:
         return self.layouts[1][0][-2]
 
 
+class AttentionCalls(TorchFunctionMode):
+    """While it is on, this thread's calls of scaled_dot_product_attention go to `instead`, inside which it is off.
+
+    Calls that PyTorch's own functions make are not seen: those of nn.MultiheadAttention, and of a block that a backward pass
+    computes again.
+    """
+
+    def __init__(self, instead: Callable[..., Tensor]):
+        super().__init__()
+        self.instead = instead
+
+    def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        called = self.instead if function is functional.scaled_dot_product_attention else function
+        return called(*args, **(kwargs or {}))
+
+
 def choose_attention(model: ModelMixin, run: Callable[[], object], backends: Sequence[SDPBackend] = FUSED) -> list[Choice]:
     """Give each attention layer of `model` the fastest backend for its shape, where that is not PyTorch's own choice.
 
@@ -119,7 +135,6 @@ def _record(model: ModelMixin, run: Callable[[], object]) -> dict[nn.Module, set
     """How each layer calls attention in `run`; None stands for a call with a mask."""
     calls: dict[nn.Module, set[Call | None]] = {}
     running: list[nn.Module] = []
-    attention = functional.scaled_dot_product_attention
 
     def recorded(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
         if running:
@@ -128,14 +143,14 @@ def _record(model: ModelMixin, run: Callable[[], object]) -> dict[nn.Module, set
             layouts = tuple((tuple(each.shape), each.stride()) for each in (query, key, value))
             call = Call(layouts, dtype, query.device, tuple(options.items())) if attn_mask is None else None
             calls.setdefault(running[-1], set()).add(call)
-        return attention(query, key, value, attn_mask, **options)
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask, **options)
 
     with ExitStack() as stack:
         for module in model.modules():  # not model.attn_processors, which UNets without conditions and DiTs lack
             if hasattr(module, "set_processor") and not isinstance(module.processor, nn.Module):
                 stack.enter_context(module.register_forward_pre_hook(lambda module, args: running.append(module)))
                 stack.enter_context(module.register_forward_hook(lambda module, args, output: running.remove(module)))
-        stack.enter_context(patch.object(functional, "scaled_dot_product_attention", recorded))
+        stack.enter_context(AttentionCalls(recorded))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         run()
     return calls
@@ -184,7 +199,7 @@ def milliseconds(inputs: list[Tensor], options: dict[str, Any], backend: SDPBack
     return (time.perf_counter() - started) * 1e3
 
 
-def describe(choices: Sequence[Choice]) -> str:
+def choice_lines(choices: Sequence[Choice]) -> str:
     """A line per shape."""
     lines = []
     for choice in choices:

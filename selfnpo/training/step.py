@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from selfnpo.device import device_name, seconds_of
 from selfnpo.errors import UserError
 from selfnpo.schedule import Grid, make_schedule
-from selfnpo.training.attention import choose_attention, describe, spare_single_keys
+from selfnpo.training.attention import choice_lines, choose_attention, spare_single_keys
 from selfnpo.training.capture import Replayed
 from selfnpo.training.objective import TruncatedObjective
 from selfnpo.training.rollout import RolloutBatch
@@ -112,7 +112,7 @@ class TrainingStep:
     def _choose_attention(self) -> None:
         for network in self.state.student.networks():
             if self.base.device.type == "cuda":
-                print(describe(choose_attention(network, lambda: self._probe(self.tandem))))
+                print(choice_lines(choose_attention(network, lambda: self._probe(self.tandem))))
             else:
                 spare_single_keys(network, partial(self._one_sample, network))
 

@@ -12,10 +12,11 @@ from torch import Tensor
 BLOCK = 1024  # elements per program: two 16-byte accesses per thread and operand in float32
 
 
-def grid(batch: int, elements: int, block: int = BLOCK) -> tuple[tuple[int], int]:
-    """(grid, programs per sample): a program never spans two samples."""
-    blocks = triton.cdiv(elements, block)
-    return (batch * blocks,), blocks
+def grid(tensor: Tensor) -> tuple[tuple[int], int, int]:
+    """(grid, elements per sample, programs per sample): a program never spans two samples."""
+    elements = tensor[0].numel()
+    blocks = triton.cdiv(elements, BLOCK)
+    return (len(tensor) * blocks,), elements, blocks
 
 
 def value_and_pointer(value: float | int | Tensor, absent: Tensor) -> tuple[float | int, Tensor, bool]:

@@ -74,8 +74,7 @@ def launch(out: Tensor, model_output: Tensor, scale: float | Tensor, rescale: fl
     """One launch; with rescaling two, because every element of a sample counts for each of them."""
     scale, scale_pointer, has_pointer = value_and_pointer(scale, out)
     negative, positive = model_output.chunk(2)
-    elements = out[0].numel()
-    programs, blocks = grid(len(out), elements)
+    programs, elements, blocks = grid(out)
     segment_blocks = triton.cdiv(blocks, SEGMENTS)
     segments = triton.cdiv(blocks, segment_blocks)
     moments = out

@@ -3,9 +3,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from selfnpo_kernels.triton_kernels.blocks import grid, on_its_device, term, value_and_pointer
+from selfnpo_kernels.triton_kernels.blocks import BLOCK, grid, on_its_device, term, value_and_pointer
 
-COUNTERS = 256  # per program, four elements each
+COUNTERS = BLOCK // 4  # per program, four elements each
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def launch(
         return
     seed, seed_pointer, has_seed = value_and_pointer(seed, sample_ids)
     step, step_pointer, has_step = value_and_pointer(step, sample_ids)
-    programs, blocks = grid(len(out), triton.cdiv(channels * positions, 4), COUNTERS)
+    programs, _, blocks = grid(out)
     forward_jump_kernel[programs](
         out, out if sample is None else sample, out if sample is None else rows, row_stride, sample_ids, seed, seed_pointer,
         step, step_pointer, site, channels, positions, blocks, HAS_SAMPLE=sample is not None, HAS_SEED_POINTER=has_seed,

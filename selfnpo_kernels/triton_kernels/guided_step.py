@@ -38,8 +38,7 @@ def launch(
     scale: float | Tensor,
 ) -> None:
     scale, scale_pointer, has_pointer = value_and_pointer(scale, rows)
-    elements = sample[0].numel()
-    programs, blocks = grid(len(sample), elements)
+    programs, elements, blocks = grid(sample)
     guided_step_kernel[programs](
         sample if prev_sample is None else prev_sample, pred_original_sample, sample, cond,
         cond if uncond is None else uncond, rows, row_stride, float(scale), scale_pointer, elements, blocks,

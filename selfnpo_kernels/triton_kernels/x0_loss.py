@@ -48,8 +48,7 @@ def launch(
     sample: Tensor, model_output: Tensor, target: Tensor, rows: Tensor, row_stride: int, kind: str, huber_c: float
 ) -> Tensor:
     """One pass over the operands, then the sum of one number per program: no atomics, the same bits every time."""
-    elements = sample[0].numel()
-    programs, blocks = grid(len(sample), elements)
+    programs, elements, blocks = grid(sample)
     partials = torch.empty(programs, device=sample.device)
     x0_loss_kernel[programs](
         partials, sample, model_output, target, rows, row_stride, elements, blocks, huber_c, 1 / sample.numel(),
@@ -71,8 +70,7 @@ def launch_backward(
     huber_c: float,
     operand: int,
 ) -> None:
-    elements = sample[0].numel()
-    programs, blocks = grid(len(sample), elements)
+    programs, elements, blocks = grid(sample)
     x0_loss_backward_kernel[programs](
         out, grad, sample, model_output, target, rows, row_stride, elements, blocks, huber_c, 1 / sample.numel(),
         HUBER=kind == "huber", OPERAND=operand, BLOCK=BLOCK,

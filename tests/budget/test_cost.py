@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks import published
-from selfnpo.budget import cost as meter
-from selfnpo.budget.cost import Flops, cost_of_compute, count_flops, describe, predicted, step_flops
+from selfnpo.budget.cost import EFFICIENCY, Flops, cost_lines, cost_of_compute, count_flops, predicted, step_flops
 from selfnpo.budget.meta import call_on_meta
 from selfnpo.config import TrainConfig
 from selfnpo.device import Meter, matmul_peak
@@ -111,7 +111,7 @@ def test_the_peak_is_the_fastest_product(monkeypatch):
 
     before = torch.get_rng_state()
     with monkeypatch.context() as patched:
-        patched.setattr(meter.time, "perf_counter", clock)
+        patched.setattr(time, "perf_counter", clock)
         assert matmul_peak(CPU, torch.float32) == 2 * 1024**3 / 0.25
     assert next(durations, None) is None
     assert torch.equal(torch.get_rng_state(), before)
@@ -225,7 +225,7 @@ def test_cost_of_compute(device, hours):
 
 
 def test_predictions_assume_the_record():
-    assert meter.EFFICIENCY == round(307 / 990, 2) == 0.31
+    assert EFFICIENCY == round(307 / 990, 2) == 0.31
     hours = predicted(0.31 * 990e12 * 3600)
     assert hours == {"A100": pytest.approx(990 / 312), "H100": pytest.approx(1), "H200": pytest.approx(1)}
 
@@ -233,7 +233,7 @@ def test_predictions_assume_the_record():
 def described(device: torch.device, seconds: float, tflops: float, peak_tflops: float, **others: object) -> str:
     cost = cost_of_compute(device, seconds, tflops * 1e12 * seconds, peak_tflops * 1e12)
     cost |= {"energy_wh": None, "gpu_utilisation": None} | others
-    return describe(json.loads(json.dumps(cost)))
+    return cost_lines(json.loads(json.dumps(cost)))
 
 
 def test_the_closing_line_on_a_gpu():

@@ -18,9 +18,9 @@ OPERANDS = ("sample", "cond", "uncond", "target", "batched")
 
 def test_the_device_chooses():
     here = torch.zeros(1, device="cuda")
-    assert dispatch.choose("tweedie", here) == "triton"
-    assert dispatch.choose("fused_adamw_", here, cuda="cpp") == "cpp"
-    assert dispatch.choose("tweedie", here.double()) == "reference"
+    assert dispatch.backend_for("tweedie", here) == "triton"
+    assert dispatch.backend_for("fused_adamw_", here, cuda="cpp") == "cpp"
+    assert dispatch.backend_for("tweedie", here.double()) == "reference"
 
 
 @LAYOUTS

@@ -22,13 +22,13 @@ def call(dtype=torch.float32):
 
 
 def test_the_extension_was_built():
-    assert extension._C is not None, extension.describe()
+    assert extension._C is not None, extension.state()
 
 
 def test_the_device_chooses():
-    assert dispatch.choose("tweedie", torch.zeros(1)) == "cpp"
-    assert dispatch.choose("tweedie", torch.zeros(1, dtype=torch.float64)) == "reference"
-    assert dispatch.choose("tweedie", torch.zeros(1, device="meta")) == "reference"
+    assert dispatch.backend_for("tweedie", torch.zeros(1)) == "cpp"
+    assert dispatch.backend_for("tweedie", torch.zeros(1, dtype=torch.float64)) == "reference"
+    assert dispatch.backend_for("tweedie", torch.zeros(1, device="meta")) == "reference"
 
 
 def test_forced_backends_run_and_end(monkeypatch):
@@ -47,10 +47,10 @@ def test_forced_backends_run_and_end(monkeypatch):
 
 def test_the_environment_forces(monkeypatch):
     monkeypatch.setenv("SELFNPO_BACKEND", "reference")
-    assert dispatch.choose("tweedie", torch.zeros(1)) == "reference"
-    assert "forced to reference" in dispatch.describe()
+    assert dispatch.backend_for("tweedie", torch.zeros(1)) == "reference"
+    assert "forced to reference" in dispatch.summary()
     with backend("cpp"):
-        assert dispatch.choose("tweedie", torch.zeros(1)) == "cpp"
+        assert dispatch.backend_for("tweedie", torch.zeros(1)) == "cpp"
     monkeypatch.setenv("SELFNPO_BACKEND", "cuda")
     with pytest.raises(ValueError, match="SELFNPO_BACKEND got 'cuda'; expected one of reference, cpp, triton"):
         call()
@@ -71,10 +71,10 @@ def test_forcing_what_cannot_run_says_why(monkeypatch):
         backend("cpp"),
         pytest.raises(RuntimeError, match="it runs on the CPU, the tensor is on meta; use triton"),
     ):
-        dispatch.choose("tweedie", torch.zeros(1, device="meta"))
+        dispatch.backend_for("tweedie", torch.zeros(1, device="meta"))
     with backend("triton"):
         with pytest.raises(RuntimeError, match="it runs on CUDA devices, the tensor is on meta"):
-            dispatch.choose("tweedie", torch.zeros(1, device="meta"))
+            dispatch.backend_for("tweedie", torch.zeros(1, device="meta"))
         monkeypatch.setattr(dispatch, "triton_failure", lambda: "Triton is too old")
         with pytest.raises(RuntimeError, match="'triton': Triton is too old"):
             call()
@@ -117,13 +117,13 @@ def test_what_stands_in_the_way_on_a_gpu(monkeypatch):
     for cuda in ("triton", "cpp"):
         monkeypatch.setattr(extension, "_C", SimpleNamespace(cuda_architectures="80", compiler="c++"))
         with pytest.warns(RuntimeWarning, match=r"reference: the kernels need a GPU of sm_80 or later, this one is sm_75"):
-            assert dispatch.choose("op", there, cuda=cuda) == "reference"
+            assert dispatch.backend_for("op", there, cuda=cuda) == "reference"
     capability[:] = [8, 0]
-    assert dispatch.choose("op", there) == "triton"
-    assert dispatch.choose("op", there, cuda="cpp") == "cpp"
+    assert dispatch.backend_for("op", there) == "triton"
+    assert dispatch.backend_for("op", there, cuda="cpp") == "cpp"
     monkeypatch.setattr(extension, "_C", SimpleNamespace(cuda_architectures="", compiler="c++"))
     with pytest.warns(RuntimeWarning, match=r"reference: the extension is built by c\+\+, no CUDA: built without nvcc"):
-        assert dispatch.choose("op", there, cuda="cpp") == "reference"
+        assert dispatch.backend_for("op", there, cuda="cpp") == "reference"
 
 
 def test_without_interpreter_triton_needs_a_gpu():

@@ -17,7 +17,7 @@ from pretended_device import pretended_device
 from selfnpo.config import TrainConfig
 from selfnpo.models import ModelOptions, load_pretrained
 from selfnpo.training import attention
-from selfnpo.training.attention import Choice, Chosen, choose_attention, describe, spare_single_keys
+from selfnpo.training.attention import Choice, Chosen, choice_lines, choose_attention, spare_single_keys
 from selfnpo.training.trainer import Trainer
 
 CUDNN, FLASH, MATH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
@@ -353,7 +353,7 @@ def test_lines_for_the_output():
         Choice(((4, 8, 4096, 40), 4096), "cudnn", {"own choice": 1.38, "flash": 1.4, "cudnn": 1.21}, 16),
         Choice(((4, 8, 64, 160), 77), "own choice", {"own choice": 0.0312}, 1),
     ]
-    assert describe(choices).splitlines() == [
+    assert choice_lines(choices).splitlines() == [
         "attention 4x8x4096x40, 4096 keys: cudnn 1.210 ms (own choice 1.380, flash 1.400), 16 layers",
         "attention 4x8x64x160, 77 keys: own choice 0.031 ms, 1 layer",
     ]
