@@ -10,7 +10,6 @@ from typing import Any
 from selfnpo.budget.cost import EFFICIENCY, digits
 
 MEASURED, COUNTED, PREDICTED, PUBLISHED = "measured", "counted", "predicted", "published"
-KINDS = (MEASURED, COUNTED, PREDICTED, PUBLISHED)
 
 
 @dataclass(frozen=True)

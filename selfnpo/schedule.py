@@ -120,12 +120,6 @@ def _epsilon_coefficients(alpha: Tensor, sigma: Tensor, prediction_type: str) ->
     }[prediction_type]
 
 
-def tweedie_rows(times: Schedule | Grid) -> Tensor:
-    """(p, q) of `tweedie` at every time: float32 `[T, 2]`."""
-    n = len(times.timesteps)
-    return torch.stack(_x0_coefficients(times.alpha[:n], times.sigma[:n], times.prediction_type), dim=1).float()
-
-
 def step_rows(grid: Grid) -> Tensor:
     """(p0, q0, p1, q1) of `guided_step` from every grid point to the next: float32 `[N, 4]`."""
     alpha, sigma = grid.alpha[:-1], grid.sigma[:-1]

@@ -5,7 +5,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
 from selfnpo.errors import UserError
-from selfnpo.schedule import jump_rows, loss_rows, make_grid, make_schedule, step_rows, tweedie_rows
+from selfnpo.schedule import jump_rows, loss_rows, make_grid, make_schedule, step_rows
 from selfnpo_kernels import guided_step, x0_loss
 
 BETAS = {
@@ -87,7 +87,8 @@ def test_rows_invert_the_definition_of_the_prediction(betas, prediction_type):
     x0, eps = torch.randn(2, 1000, dtype=torch.float64)
     sample = schedule.alpha * x0 + schedule.sigma * eps
     output = {"epsilon": eps, "v_prediction": schedule.alpha * eps - schedule.sigma * x0, "sample": x0}[prediction_type]
-    p, q = tweedie_rows(schedule).double().unbind(1)
+    p, q, k = loss_rows(schedule, "x0").double().unbind(1)
+    assert (k == 1).all()
     assert ((p * sample + q * output - x0).abs() <= 1e-6 / schedule.alpha.clamp(min=1e-6).clamp(max=1)).all()
 
 

@@ -87,9 +87,9 @@ class Replayed:
     """Calls a step. After two that are watched and a few on the graph's stream it replays their graph; where that is not
     possible it says so, once, and goes on with ordinary steps."""
 
-    def __init__(self, step: Step, clear: Callable[[], object], say: Callable[[str], object] = print):
+    def __init__(self, step: Step, clear: Callable[[], object]):
         """`clear` throws away the gradients of a step that was not finished."""
-        self.step, self.clear, self.say = step, clear, say
+        self.step, self.clear = step, clear
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         self.watched: list[Recorder] = []
         self.warm = 0
@@ -116,7 +116,7 @@ class Replayed:
         return self.replay()
 
     def _give_up(self, reason: str) -> tuple[Tensor, ...]:
-        self.say(f"steps are not captured in a CUDA graph: {reason}")
+        print(f"steps are not captured in a CUDA graph: {reason}")
         self.replay = self.step
         return self.replay()
 
