@@ -1,5 +1,6 @@
 """What a run is told that lacks memory: settings that the counted plan says would fit."""
 
+import os
 import shlex
 import sys
 from dataclasses import replace
@@ -10,11 +11,12 @@ import torch
 from benchmarks import published
 from runs import settings
 from selfnpo import train
-from selfnpo.budget import memory
+from selfnpo.budget import advice
 from selfnpo.budget.advice import out_of_memory, settings_that_fit, shortage
 from selfnpo.budget.memory import memory_plan
 from selfnpo.cli import parse
 from selfnpo.config import TrainConfig, binding
+from selfnpo.device import free_memory, total_memory
 from selfnpo.errors import UserError, is_out_of_memory
 from selfnpo.models import DEMO, Source
 from selfnpo.output import list_checkpoints
@@ -36,7 +38,7 @@ def changed(config, flags):
 
 
 def total(config, device=CUDA):
-    return memory.memory_plan(config, Source(config), 1, device).total
+    return advice.memory_plan(config, Source(config), 1, device).total
 
 
 def advised(config, free, device=CUDA):
@@ -57,7 +59,7 @@ def _counted_once(plans, monkeypatch):
             plans[config, prompts, device] = memory_plan(config, source, prompts, device)
         return plans[config, prompts, device]
 
-    monkeypatch.setattr(memory, "memory_plan", plan)
+    monkeypatch.setattr(advice, "memory_plan", plan)
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def memory_of(monkeypatch):
 
     def of(whole, free=None):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (whole if free is None else free, whole))
-        monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": whole}.get)
+        monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": whole}.get)
 
     return of
 
@@ -161,7 +163,7 @@ def test_nothing_fits(models, memory_of, device):
 
 def test_a_lora_with_every_setting_is_its_own_smallest_plan(shallow):
     saving = {"train_batch_size": 1, "low_vram": True, "gradient_checkpointing": True, "use_8bit_adam": True}
-    config = replace(shallow, rank=2 * memory.LORA_RANK, **saving)
+    config = replace(shallow, rank=2 * advice.LORA_RANK, **saving)
     assert advised(config, 0) == (None, total(config))
 
 
@@ -190,7 +192,7 @@ def test_what_is_set_already_is_not_advised(shallow, has, expected):
 )
 def test_split_batches_make_the_same_step(shallow, size, steps, sizes):
     config = replace(shallow, train_batch_size=size, gradient_accumulation_steps=steps)
-    whole, *parts = [replace(config, **split) for split in memory._splits(config)]
+    whole, *parts = [replace(config, **split) for split in advice._splits(config)]
     assert whole == config
     assert [part.train_batch_size for part in parts] == sizes
     assert all(part.total_batch_size == size * steps for part in parts)
@@ -217,7 +219,7 @@ def test_a_lora_needs_layers_of_its_rank(models, monkeypatch):
     lora = total(changed(config, "--gradient_checkpointing --low_vram --use_8bit_adam --rank 16"))
     assert lora < full
     assert advised(config, 0) == (None, lora)
-    monkeypatch.setattr(memory, "LORA_RANK", 33)  # the tiny transformer is 32 wide
+    monkeypatch.setattr(advice, "LORA_RANK", 33)  # the tiny transformer is 32 wide
     assert advised(config, 0) == (None, full)
 
 
@@ -235,7 +237,7 @@ def test_the_demo_on_the_cpu(memory_of):
     small = total(changed(config, expected), CPU)
     assert counted <= small < plan.total / 2
     assert advised(config, small, CPU)[0] == expected
-    assert "low_vram" not in str(memory._savings(config, Source(config), CPU))  # what it moves to the host is there already
+    assert "low_vram" not in str(advice._savings(config, Source(config), CPU))  # what it moves to the host is there already
 
 
 def test_a_run_that_ran_out(shallow, memory_of):
@@ -275,8 +277,8 @@ def test_a_run_that_ran_out_is_advised_a_plan_smaller_than_the_device_and_its_ow
 
 def test_no_advised_setting_can_be_changed_on_resume(shallow):
     """As the sentence says: such a setting is one of those that a checkpoint is bound to."""
-    advised_ever = {name for savings in memory._savings(shallow, Source(shallow), CUDA) for name in savings}
-    advised_ever |= {name for split in memory._splits(shallow) for name in split}
+    advised_ever = {name for savings in advice._savings(shallow, Source(shallow), CUDA) for name in savings}
+    advised_ever |= {name for split in advice._splits(shallow) for name in split}
     assert len(advised_ever) == 6
     assert advised_ever <= binding(shallow).keys()
 
@@ -309,9 +311,9 @@ def test_the_allocator_of_the_cpu_is_known():
 
 
 def test_memory_of_this_machine(monkeypatch):
-    assert memory.free_memory(CPU) == memory.total_memory(CPU) > 1 << 28
-    monkeypatch.delattr(memory.os, "sysconf")
-    assert memory.free_memory(CPU) == sys.maxsize
+    assert free_memory(CPU) == total_memory(CPU) > 1 << 28
+    monkeypatch.delattr(os, "sysconf")
+    assert free_memory(CPU) == sys.maxsize
 
 
 def test_out_of_memory_names_settings_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
