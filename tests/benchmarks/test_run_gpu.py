@@ -65,7 +65,7 @@ class Runs:
 
     def archived(self) -> set[str]:
         with tarfile.open(self.out / "gpu.tgz") as archive:
-            return {name.removeprefix("site/") for name in archive.getnames()}
+            return {name.partition("/")[2] for name in archive.getnames()}
 
 
 def without_pytest() -> dict[str, str]:
@@ -78,11 +78,12 @@ def run(tmp_path):
 
 
 def test_every_part_passes_and_is_archived_without_what_belongs_to_this_machine(run):
+    (run.work / "site").mkdir()
     assert run().returncode == 0
     assert run.outcomes() == dict.fromkeys(PARTS, "passed")
     assert len(run.calls()) == len(PARTS)
     assert run.archived() >= {f"{part}.log" for part in PARTS} | {"ops.done"}
-    assert not run.archived() & {"build.done", "env.done", "site", "warm"}
+    assert not run.archived() & {"build.done", "env.done", "site"}
     (budget,) = (re.search(r"--max_seconds=(\d+)", line) for line in run.calls() if "max_seconds" in line)
     assert 300 < int(budget[1]) < 500  # time is left to save what it has
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from commands import call
 from fine_tunes import WEIGHTS
 from fixed_batch import losses_on_a_fixed_batch
+from runs import SHORT, assert_same_state
 from selfnpo.config import TrainConfig, preset_config
 from selfnpo.demo.baselines import ShuffledLabels
 from selfnpo.errors import UserError
@@ -24,16 +25,6 @@ from selfnpo.inputs.digits import halves
 from selfnpo.models import DEMO_FOLDER
 from selfnpo.output import list_checkpoints
 from selfnpo.training.trainer import Trainer
-
-SHORT = TrainConfig(
-    max_train_steps=12,
-    train_batch_size=16,
-    learning_rate=1e-4,
-    lr_warmup_steps=0,
-    pool_size=2,
-    checkpointing_steps=4,
-    logging_steps=2,
-)
 
 
 def train(config, demo, output_dir=None):
@@ -46,14 +37,6 @@ def train(config, demo, output_dir=None):
 def log_of(output_dir):
     rows = [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name != "samples_per_second"} for row in rows]
-
-
-def assert_same_state(one, other):
-    a, b = one.state.tensors(), other.state.tensors()
-    assert a.keys() == b.keys()
-    assert all(a[name].equal(b[name]) for name in a)
-    for name in ("step", "reference_evaluations"):
-        assert getattr(one.state, name) == getattr(other.state, name)
 
 
 @pytest.mark.parametrize("changes", [{}, {"compile": True}])
