@@ -1,5 +1,6 @@
 import os
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels then run on the CPU
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests need no network, and prove it
-os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "home")  # not the user's
+os.environ["XDG_CACHE_HOME"] = "/dev/null"  # what one test measures, no other one remembers
+os.environ["HF_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "home")  # not the user's
+os.environ["MPLCONFIGDIR"] = os.environ["HF_HOME"]
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 from huggingface_hub import constants
+from torch import _dynamo
 
 import tiny
 from commands import call
@@ -31,9 +35,27 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and there is none"))
 
 
+@pytest.fixture(autouse=True)
+def _whatever_ran_before():
+    """Every test finds PyTorch as the first one does, with the same random numbers."""
+    torch.manual_seed(0)
+    _dynamo.reset()
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, _dynamo.config.recompile_limit
+    yield
+    matmul.allow_tf32, cudnn.allow_tf32, _dynamo.config.recompile_limit = before
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
-def demo() -> PretrainedModel:
+def _demo() -> PretrainedModel:
     return load_pretrained()
+
+
+@pytest.fixture
+def demo(_demo) -> PretrainedModel:
+    """A copy, for adapters are added to the model itself."""
+    return deepcopy(_demo)
 
 
 @pytest.fixture(scope="session")

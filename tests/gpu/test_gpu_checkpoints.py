@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_gpu_economy import no_waiting
 
+from no_waiting import no_waiting
 from runs import RANKS, assert_same_state, start
 from selfnpo.output import list_checkpoints
 from selfnpo.training import snapshot

@@ -1,26 +1,16 @@
 """A step leaves nothing behind on the GPU, and never waits for it."""
 
 import gc
-from contextlib import contextmanager
 
 import pytest
 import torch
 
+from no_waiting import no_waiting
 from runs import RANKS
 
 pytestmark = pytest.mark.gpu
 
 CAPTURE = pytest.mark.parametrize("capture", ["off", "on"])
-
-
-@contextmanager
-def no_waiting():
-    """Whatever makes the host wait for the GPU is an error."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_waiting_is_noticed():

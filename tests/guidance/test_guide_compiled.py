@@ -18,7 +18,6 @@ def test_one_compiled_graph_serves_both_weights(pipe, way):
     with guide(pipe, negative):
         expected = CASE.run(pipe)
     plain = CASE.run(pipe)
-    torch._dynamo.reset()
     compile_(pipe, way, counter)
     with guide(pipe, negative):
         torch.testing.assert_close(CASE.run(pipe), expected, **CLOSE)
@@ -42,7 +41,6 @@ def test_compiled_code_notices_a_lora(pipe, negative_of, way):
     with guide(pipe, lora):
         expected = CASE.run(pipe)
     plain, counter = CASE.run(pipe), CompileCounter()
-    torch._dynamo.reset()
     compile_(pipe, way, counter)
     torch.testing.assert_close(CASE.run(pipe), plain, **CLOSE)
     for _ in range(2):
@@ -56,7 +54,6 @@ def test_compiled_code_notices_a_lora(pipe, negative_of, way):
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_compiling_while_attached(pipe, fullgraph):
     negative = changed(pipe.unet)
-    torch._dynamo.reset()
     with guide(pipe, negative):
         CASE.run(pipe)
         pipe.unet.compile(backend="eager", fullgraph=fullgraph)

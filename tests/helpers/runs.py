@@ -19,6 +19,10 @@ FAMILIES = [
     "class_conditional",
 ]
 RANKS = [0, 2]
+SHORT = TrainConfig(  # on the demo
+    max_train_steps=12, train_batch_size=16, learning_rate=1e-4, lr_warmup_steps=0, pool_size=2, checkpointing_steps=4,
+    logging_steps=2,
+)  # fmt: skip
 
 
 def settings(folder: Path, **changes) -> TrainConfig:
@@ -43,3 +47,5 @@ def assert_same_state(one: Trainer, other: Trainer) -> None:
     expected, got = one.state.tensors(), other.state.tensors()
     assert expected.keys() == got.keys()
     assert all(expected[name].equal(got[name]) for name in expected)
+    for name in ("step", "reference_evaluations"):
+        assert getattr(one.state, name) == getattr(other.state, name)

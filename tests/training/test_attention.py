@@ -279,7 +279,6 @@ def test_parts_compile_without_a_graph_break(load, timed, family, part):
     expected = model()
     timed({MATH: 0.5})
     choose(model.denoiser, model)
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     model.denoiser.get_submodule(part).compile(fullgraph=True, dynamic=False, backend=counter)
     torch.testing.assert_close(model(), expected, rtol=1e-5, atol=1e-5)
@@ -293,7 +292,6 @@ def test_compiled_blocks_share_a_graph_where_they_share_a_choice(load, timed):
     given = {"timestep": torch.tensor([1, 2]), "class_labels": torch.tensor([3, 4])}
     states = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1))
     expected = [block(states, **given) for block in blocks]
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     for number, winner in enumerate((MATH, FLASH), start=1):
         timed({winner: 0.5})
@@ -308,7 +306,6 @@ def test_compiled_blocks_share_a_graph_where_they_share_a_choice(load, timed):
 def test_a_model_that_is_compiled_already(load, timed):
     model = load()
     expected = model()
-    torch._dynamo.reset()
     model.denoiser.compile(backend="eager", fullgraph=True, dynamic=False)
     model()
     timed({MATH: 0.5})

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_trainer import SHORT, assert_same_state
 
 from commands import QUICK, call
+from runs import SHORT, assert_same_state
 from selfnpo.config import TrainConfig
 from selfnpo.errors import UserError
 from selfnpo.output import list_checkpoints

@@ -1,6 +1,5 @@
 """The loop: known losses, exact resume, stopping, and what a crash leaves behind."""
 
-import copy
 import json
 import os
 import random
@@ -15,24 +14,17 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from commands import call
+from fine_tunes import WEIGHTS
 from fixed_batch import losses_on_a_fixed_batch
-from selfnpo.config import PRESETS, TrainConfig, preset_config
+from runs import SHORT, assert_same_state
+from selfnpo.config import TrainConfig, preset_config
 from selfnpo.demo.baselines import ShuffledLabels
 from selfnpo.errors import UserError
 from selfnpo.inputs.digits import halves
 from selfnpo.models import DEMO_FOLDER
 from selfnpo.output import list_checkpoints
 from selfnpo.training.trainer import Trainer
-
-SHORT = TrainConfig(
-    max_train_steps=12,
-    train_batch_size=16,
-    learning_rate=1e-4,
-    lr_warmup_steps=0,
-    pool_size=2,
-    checkpointing_steps=4,
-    logging_steps=2,
-)
 
 
 def train(config, demo, output_dir=None):
@@ -47,19 +39,11 @@ def log_of(output_dir):
     return [{name: value for name, value in row.items() if name != "samples_per_second"} for row in rows]
 
 
-def assert_same_state(one, other):
-    a, b = one.state.tensors(), other.state.tensors()
-    assert a.keys() == b.keys()
-    assert all(a[name].equal(b[name]) for name in a)
-    for name in ("step", "reference_evaluations"):
-        assert getattr(one.state, name) == getattr(other.state, name)
-
-
 @pytest.mark.parametrize("changes", [{}, {"compile": True}])
 def test_a_rollout_without_a_reference_trains(demo, changes):
     config = replace(SHORT, **changes)
     labels = ShuffledLabels(halves("development")[0], config.train_batch_size, config.seed, config.num_inference_steps)
-    trainer = Trainer(config, copy.deepcopy(demo), rollout=labels)
+    trainer = Trainer(config, demo, rollout=labels)
     assert trainer.run() == "completed"
     assert trainer.state.reference_evaluations == 0
     assert trainer.state.student.relative_delta() > 0
@@ -177,13 +161,60 @@ def test_how_far_the_weights_have_moved_is_told_every_hundred_steps_and_where_it
     assert told("lora", rank=2) == [2, 4, 6, 8, 10, 12]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("loss", ["l2", "huber"])
-def test_every_preset_and_loss_trains(demo, preset, loss):
-    config = replace(preset_config(preset), max_train_steps=3, train_batch_size=8, loss=loss)
-    trainer, _ = train(config, demo)
-    assert 0 < trainer.state.relative_delta() < 0.1
-    assert all(parameter.isfinite().all() for parameter in trainer.state.student.trainable.values())
+@pytest.mark.parametrize(
+    ("preset", "loss", "last_loss", "moved"),
+    [
+        ("default", "l2", 0.00327891, 8.70685e-6),
+        ("default", "huber", 0.0314870, 8.76285e-6),
+        ("paper", "l2", 1.36223, 20.4592e-6),
+        ("paper", "huber", 0.767471, 20.3628e-6),
+        ("released", "l2", 1.96972, 20.8142e-6),
+        ("released", "huber", 0.772970, 20.5563e-6),
+    ],
+)
+def test_golden_presets(demo, preset, loss, last_loss, moved):
+    trainer = Trainer(replace(preset_config(preset), train_batch_size=8, loss=loss), demo)
+    losses = [trainer.train_step()[0].item() for _ in range(3)]
+    assert (losses[-1], trainer.state.relative_delta()) == pytest.approx((last_loss, moved), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "beside"),
+    [
+        ("seed", 1, {}),
+        ("learning_rate", 2e-4, {}),
+        ("lr_scheduler", "constant", {}),
+        ("lr_warmup_steps", 2, {}),
+        ("adam_beta1", 0.5, {}),
+        ("adam_beta2", 0.5, {}),
+        ("adam_weight_decay", 0.1, {}),
+        ("adam_epsilon", 1e-4, {}),
+        ("max_grad_norm", 1e-3, {}),
+        ("rollout", "fresh", {}),
+        ("rollout", "full", {"rollout": "fresh"}),
+        ("rollout", "data", {"rollout": "fresh"}),
+        ("pool_size", 3, {}),
+        ("num_inference_steps", 10, {}),
+        ("num_rollout_steps", 2, {"rollout": "data"}),
+        ("rollout_guidance_scale", 1.0, {}),
+        ("rollout_guidance_scale", 2.0, {"rollout_guidance_scale": 1.0}),
+        ("reference_decay", 0.5, {}),
+        ("condition_dropout", 0.9, {}),
+        ("loss", "huber", {}),
+        ("huber_c", 1e-2, {"loss": "huber"}),
+        ("loss_weighting", "x0", {}),
+    ],
+)
+def test_every_setting_changes_what_is_trained(demo, setting, value, beside):
+    def trained(config):
+        trainer = Trainer(replace(config, train_batch_size=8, max_train_steps=5), demo)
+        for _ in range(3):
+            trainer.train_step()
+        return trainer.state.student.trainable.values()
+
+    config = replace(SHORT, **beside)
+    one, other = trained(config), trained(replace(config, **{setting: value}))
+    assert not all(a.equal(b) for a, b in zip(one, other, strict=True))
 
 
 def test_compiled_training_is_the_same_training(demo):
@@ -202,57 +233,55 @@ def test_the_loss_falls_on_a_fixed_batch(demo):
     assert losses[-1] < 0.5 * losses[0]
 
 
-def command(output_dir, *flags):
-    """A training run on the demo's weights named as a path, for which no samples are judged."""
-    return [
-        sys.executable, "-m", "selfnpo.train", "--output_dir", str(output_dir), "--pretrained_model_name_or_path",
-        str(DEMO_FOLDER), "--max_train_steps", "60", "--train_batch_size", "16", "--checkpointing_steps", "5", *flags,
-    ]  # fmt: skip
+RUN = ["--pretrained_model_name_or_path", str(DEMO_FOLDER), "--train_batch_size", "16", "--checkpointing_steps", "5"]
 
 
-def wait_for_checkpoint(output_dir, process, seconds=60):
-    """Until there is one that was not there before."""
-    deadline, before = time.time() + seconds, list_checkpoints(output_dir)
-    while list_checkpoints(output_dir) in ([], before) and process.poll() is None and time.time() < deadline:
-        time.sleep(0.01)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_marked_resumable_run_and_no_traceback(tmp_path, monkeypatch, capsys, number):
+    step, output = Trainer.train_step, tmp_path / "run"
 
+    def interrupted(trainer):
+        if trainer.state.step == 7:
+            os.kill(os.getpid(), number)
+        return step(trainer)
 
-def test_ctrl_c_leaves_a_marked_resumable_run_and_no_traceback(tmp_path):
-    output = tmp_path / "run"
-    process = subprocess.Popen(
-        command(output, "--max_train_steps", "100000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    wait_for_checkpoint(output, process)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "interrupted after step" in out
-    assert "Traceback" not in err
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    assert call("train", *RUN, "--output_dir", output) == 130
+    said = capsys.readouterr()
+    assert "interrupted after step 8; continue with --resume_from_checkpoint latest" in said.out
+    assert "Traceback" not in said.err
     assert json.loads((output / "metrics.json").read_text())["status"] == "interrupted"
     assert not (output / "negative").exists()
-    step = json.loads((list_checkpoints(output)[-1] / "state.json").read_text())["step"]
-    assert f"after step {step}" in out
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-5", "checkpoint-8"]
+
+
+# A run that is done only when it is killed.
+ENDLESS = """
+import time
+from selfnpo import train
+train.finish = lambda *args: time.sleep(3600)
+train.main(train.parse_config())
+"""
 
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     """SIGKILL at random moments; the repeated version is in make soak."""
-    kills = int(os.environ.get("SELFNPO_KILLS", "1"))
-    whole = ["--max_train_steps", str(60 * kills)]
-    subprocess.run(command(tmp_path / "straight", *whole), check=True, capture_output=True)
-    broken, chance = tmp_path / "broken", random.Random(0)
-    flags = whole
+    kills, chance = int(os.environ.get("SELFNPO_KILLS", "1")), random.Random(0)
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    flags = [*RUN, "--max_train_steps", str(60 * kills)]
+    assert call("train", *flags, "--output_dir", straight) == 0
+    flags += ["--output_dir", str(broken)]
     for _ in range(kills):
-        process = subprocess.Popen(command(broken, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        wait_for_checkpoint(broken, process)
+        before = list_checkpoints(broken)
+        process = subprocess.Popen([sys.executable, "-c", ENDLESS, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        while list_checkpoints(broken) in ([], before):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
         time.sleep(chance.random() * 0.3)
         process.kill()
         process.communicate()
-        assert process.returncode == -signal.SIGKILL  # not done before
-        flags = [*whole, "--resume_from_checkpoint", "latest"]
-    done = subprocess.run(command(broken, *flags), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    one, other = (
-        load_file(path / "negative" / "diffusion_pytorch_model.safetensors") for path in (tmp_path / "straight", broken)
-    )
+        flags += ["--resume_from_checkpoint", "latest"]
+    assert call("train", *flags) == 0
+    one, other = (load_file(folder / "negative" / WEIGHTS) for folder in (straight, broken))
     assert all(one[name].equal(other[name]) for name in one)
     assert not [path for path in broken.iterdir() if path.name.startswith(".")]  # no partial file survives

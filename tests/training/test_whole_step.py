@@ -28,7 +28,6 @@ def flat(models, tmp_path_factory):
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_a_compiled_step_in_bf16_is_the_eager_one_in_float32(flat, rank):
-    torch._dynamo.reset()
     config = settings(flat, rank=rank, gradient_accumulation_steps=2)
     plain, compiled = start(config), start(settings(flat, rank=rank, **LIKE_A_GPU))
     network = compiled.state.student.networks()[0]
