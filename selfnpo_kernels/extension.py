@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _C: ModuleType | None
+failure = ""
 try:
     from selfnpo_kernels import _C
 except ImportError as error:
