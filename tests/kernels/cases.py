@@ -6,8 +6,12 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+import selfnpo_kernels
+from selfnpo_kernels import reference, split_weights
+
 SHAPES = [(3, 4, 5, 6), (2, 4, 16, 32), (2, 3, 3, 5, 7), (5, 1025), (7,), (1, 1), (0, 4, 8, 8), (3, 0)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OPERANDS = ("sample", "cond", "uncond", "target", "batched")
 SEED, STEP, SITE = 2**63 + 5, 2**31 + 7, 3
 SCALE = 2.5
 
@@ -34,8 +38,7 @@ def inputs(shape, dtype=torch.float32, device="cpu", layout: Callable[[Tensor], 
 
 def in_double(t):
     """The same numbers in float64, which the reference computes exactly."""
-    change = {name: getattr(t, name).double() for name in ("sample", "cond", "uncond", "target", "batched")}
-    return SimpleNamespace(**(vars(t) | change))
+    return SimpleNamespace(**(vars(t) | {name: getattr(t, name).double() for name in OPERANDS}))
 
 
 def _loss_gradients(lib, t, kind):
@@ -65,6 +68,14 @@ OPS = {
 }
 
 
+def check(op: str, t: SimpleNamespace, rounds_down: bool = False):
+    """The results of an op, which are as accurate as those of the specification in the same precision."""
+    results, eager, exact = OPS[op](selfnpo_kernels, t), OPS[op](reference, t), OPS[op](reference, in_double(t))
+    for triple in zip(results, eager, exact, strict=True):
+        assert_accurate(*triple, rounds_down)
+    return results
+
+
 def assert_accurate(result: Tensor, eager: Tensor, exact: Tensor, rounds_down: bool = False) -> None:
     """The tolerance of every op: at most twice the error of eager PyTorch in the same precision, or one rounding.
 
@@ -81,3 +92,24 @@ def assert_accurate(result: Tensor, eager: Tensor, exact: Tensor, rounds_down: b
     result, eager, exact = (tensor.double().nan_to_num() for tensor in (result, eager, exact))
     error, eager_error = (result - exact).abs().max(), (eager - exact).abs().max()
     assert error <= max(2 * eager_error, roundings * rounding), (error, eager_error, rounding)
+
+
+ADAMW_SIZES = [1, 0, 3, 4, 4095, 4096, 4097, 9000, *[5] * 500]  # blocks, tails, and more tensors than one launch takes
+
+
+def adamw_lists(dtype: torch.dtype, split: bool, average: bool = True, device: str = "cpu") -> dict[str, list[Tensor]]:
+    """What `fused_adamw_` takes, with gradients of `dtype`; some of it is not aligned."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(make=torch.randn, dtype=torch.float32):
+        return [make(size, generator=generator).to(dtype).to(device) for size in ADAMW_SIZES]
+
+    lists = {"params": draw(), "grads": draw(dtype=dtype), "exp_avgs": draw(), "exp_avg_sqs": draw(torch.rand)}
+    for name, k in (("grads", 4), ("params", 5), ("exp_avgs", 6)):
+        lists[name][k] = torch.cat((lists[name][k][:1], lists[name][k]))[1:]
+    if average:
+        lists["emas"] = draw()
+    for name, low in (("params", "lows"), ("emas", "ema_lows")):
+        if split and name in lists:
+            lists[name], lists[low] = map(list, zip(*map(split_weights, lists[name]), strict=True))
+    return lists

@@ -26,6 +26,11 @@ def place(request):
         yield Place(request.param, device)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_outputs(monkeypatch):
     """Memory that an op allocates holds NaN, so an element that a kernel forgets is seen."""

@@ -2,18 +2,14 @@
 
 import pytest
 import torch
-from test_cuda_on_cpu import at_odd_address
-from test_registration import CHECKS, GRADIENTS, NAMES, registered
-from torch.utils._pytree import tree_map_only
+from test_noise import agree
+from test_registration import LAYOUTS
 
 import selfnpo_kernels
-from cases import DTYPES, OPS, SEED, SITE, STEP, assert_accurate, channels_last, in_double, inputs
-from selfnpo_kernels import backend, dispatch, fused_adamw_, join_weights, philox_normal, reference, split_weights
+from cases import DTYPES, OPERANDS, OPS, SEED, SITE, STEP, adamw_lists, check, inputs
+from selfnpo_kernels import backend, dispatch, fused_adamw_, join_weights, philox_normal
 
 pytestmark = pytest.mark.gpu
-
-LAYOUTS = pytest.mark.parametrize("layout", [lambda tensor: tensor, channels_last], ids=["row-major", "channels-last"])
-OPERANDS = ("sample", "cond", "uncond", "target", "batched")
 
 
 def test_the_device_chooses():
@@ -27,37 +23,7 @@ def test_the_device_chooses():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS)
 def test_equals_the_float64_reference(op, dtype, layout):
-    t = inputs((3, 4, 33, 31), dtype, "cuda", layout)
-    results, eager, exact = OPS[op](selfnpo_kernels, t), OPS[op](reference, t), OPS[op](reference, in_double(t))
-    for triple in zip(results, eager, exact, strict=True):
-        assert_accurate(*triple)
-
-
-@LAYOUTS
-@pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name, layout):
-    op, arguments = registered(inputs((3, 4, 5, 6), device="cuda", layout=layout))[name]
-    torch.library.opcheck(op.default, tree_map_only(torch.Tensor, torch.Tensor.cuda, arguments), test_utils=CHECKS)
-
-
-@pytest.mark.parametrize("name", GRADIENTS)
-def test_opcheck_with_gradients(name):
-    t = inputs((3, 4, 5, 6), device="cuda")
-    for operand in OPERANDS:
-        getattr(t, operand).requires_grad_()
-    op, arguments = registered(t)[name]
-    torch.library.opcheck(op.default, arguments, test_utils=CHECKS)
-
-
-def test_every_op_compiles_in_one_graph():
-    def everything(t):
-        return [out for name in OPS if not name.startswith("gradient") for out in OPS[name](selfnpo_kernels, t)]
-
-    torch._dynamo.reset()
-    t = inputs((3, 4, 8, 6), torch.bfloat16, "cuda")
-    compiled = torch.compile(everything, fullgraph=True)(t)
-    for ours, eager in zip(compiled, everything(t), strict=True):
-        assert ours.equal(eager)
+    check(op, inputs((3, 4, 33, 31), dtype, "cuda", layout))
 
 
 def captured(function):
@@ -109,26 +75,15 @@ def test_a_captured_optimizer_counts_its_steps():
 
 
 def stepped(name, dtype, split):
-    """Weights, averages and moments in float32 after one step on a backend: blocks, tails, alignments, and more tensors than
-    one launch takes."""
-    sizes = [1, 0, 3, 4, 4095, 4096, 4097, 9000, *[5] * 500]
-    torch.manual_seed(0)
-    params, emas = ([torch.randn(size, device="cuda") for size in sizes] for _ in range(2))
-    grads = [torch.randn(size, device="cuda").to(dtype) for size in sizes]
-    first, second = ([torch.rand(size, device="cuda") for size in sizes] for _ in range(2))
-    grads[4], first[5] = at_odd_address(grads[4]), at_odd_address(first[5])
-    lows = ema_lows = None
-    if split:
-        (params, lows), (emas, ema_lows) = (zip(*map(split_weights, values), strict=True) for values in (params, emas))
+    """Weights, averages and moments in float32 after one step on a backend."""
+    lists = adamw_lists(dtype, split, device="cuda")
     step, lr, scale = (torch.tensor(value, device="cuda") for value in (7, 1e-2, 0.5))
     with backend(name):
-        fused_adamw_(
-            params, grads, first, second, step=step, lr=lr, grad_scale=scale, lows=lows, emas=emas, ema_lows=ema_lows,
-            weight_decay=0.1, ema_decay=0.9,
-        )  # fmt: skip
+        fused_adamw_(**lists, step=step, lr=lr, grad_scale=scale, weight_decay=0.1, ema_decay=0.9)
+    weights = [*lists["params"], *lists["emas"]]
     if split:
-        params, emas = (map(join_weights, high, low) for high, low in ((params, lows), (emas, ema_lows)))
-    return [*params, *emas, *first, *second]
+        weights = map(join_weights, weights, [*lists["lows"], *lists["ema_lows"]])
+    return [*weights, *lists["exp_avgs"], *lists["exp_avg_sqs"]]
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -141,7 +96,7 @@ def test_the_optimizer_on_many_tensors(dtype, split):
 def test_cpu_and_gpu_draw_the_same_noise():
     ids = torch.arange(3)
     cpu, gpu = (philox_normal((3, 4, 33, 31), SEED, STEP, SITE, ids, device) for device in ("cpu", "cuda"))
-    assert ((gpu.cpu() - cpu).abs() <= 5e-7 * (cpu.abs() / 2).clamp(min=1)).all()
+    assert agree(gpu.cpu(), cpu)
 
 
 @pytest.mark.parametrize("op", ["tweedie", "guided_step", "forward_jump", "cfg_combine"])

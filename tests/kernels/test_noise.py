@@ -70,18 +70,27 @@ def test_triton_integers():
         assert out[2].tolist() == list(answer)
 
 
+def agree(noise, exact):
+    """To 5e-7, or 2^-22 of numbers beyond 2, where float32 itself is no finer."""
+    return ((noise - exact).abs() <= 5e-7 * (exact.abs() / 2).clamp(min=1)).all()
+
+
+def assert_standard_normal(numbers):
+    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs((numbers**power).mean() - moment) < 4 * (variance / len(numbers)) ** 0.5
+    assert stats.kstest(numbers.numpy(), "norm").pvalue > 1e-3
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     shape=st.lists(st.integers(0, 9), min_size=1, max_size=5), seed=st.integers(0, 2**64 - 1), step=st.integers(0, 2**32 - 1)
 )
 def test_normals_agree(shape, seed, step):
-    """To 5e-7, or 2^-22 of numbers beyond 2, where float32 itself is no finer."""
     ids = torch.arange(shape[0]) * 1_000_003 + step
     exact = reference.philox_normal(shape, seed, step, 1, ids, torch.float64)
     for name in ("cpp", "triton") if torch.Size(shape).numel() < 200 and not torch.cuda.is_available() else ("cpp",):
         with backend(name):
-            noise = philox_normal(shape, seed, step, 1, ids)
-        assert ((noise - exact).abs() <= 5e-7 * (exact.abs() / 2).clamp(min=1)).all()
+            assert agree(philox_normal(shape, seed, step, 1, ids), exact)
 
 
 def test_many_normals_agree(place):
@@ -89,8 +98,7 @@ def test_many_normals_agree(place):
     shape = (2, 1 << 16)
     ids = torch.arange(2, device=place.device)
     exact = reference.philox_normal(shape, 5, 0, 0, ids, torch.float64)
-    noise = philox_normal(shape, 5, 0, 0, ids)
-    assert ((noise - exact).abs() <= 5e-7 * (exact.abs() / 2).clamp(min=1)).all()
+    assert agree(philox_normal(shape, 5, 0, 0, ids), exact)
 
 
 def test_noise_is_what_the_jump_adds(place):
@@ -123,13 +131,7 @@ def test_low_precision_is_the_same_noise_rounded():
 
 
 def test_normals_are_standard_normal():
-    noise = philox_normal((64, 1, 4096), 7).flatten().double()
-    n = len(noise)
-    assert abs(noise.mean()) < 4 / n**0.5
-    assert abs(noise.var() - 1) < 4 * (2 / n) ** 0.5
-    assert abs((noise**3).mean()) < 4 * (15 / n) ** 0.5
-    assert abs((noise**4).mean() - 3) < 4 * (96 / n) ** 0.5
-    assert stats.kstest(noise.numpy(), "norm").pvalue > 1e-3
+    assert_standard_normal(philox_normal((64, 1, 4096), 7).flatten().double())
 
 
 def test_uniforms_are_uniform():
@@ -153,7 +155,4 @@ def test_two_jumps_compose_to_one_in_distribution():
     middle = forward_jump(sample, torch.tensor([[a1, b1]]), 1, 0, ids)
     end = forward_jump(middle, torch.tensor([[a2, b2]]), 1, 1, ids).double()
     deviation = (a2**2 * b1**2 + b2**2) ** 0.5
-    standard = (end - a2 * a1 * 1.5) / deviation
-    assert abs(standard.mean()) < 4 / count**0.5
-    assert abs(standard.var() - 1) < 4 * (2 / count) ** 0.5
-    assert stats.kstest(standard[0].numpy(), "norm").pvalue > 1e-3
+    assert_standard_normal((end - a2 * a1 * 1.5)[0] / deviation)

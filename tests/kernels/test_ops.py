@@ -1,34 +1,32 @@
 """Every op on every compiled backend against its float64 specification."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import selfnpo_kernels
-from cases import DTYPES, OPS, SHAPES, assert_accurate, channels_last, in_double, inputs
+from cases import DTYPES, OPERANDS, OPS, SHAPES, assert_accurate, channels_last, check, in_double, inputs
 from selfnpo_kernels import backend, cfg_combine, forward_jump, guided_step, reference, tweedie, x0_loss
 
-
-def check(op, t, place):
-    results, eager, exact = OPS[op](selfnpo_kernels, t), OPS[op](reference, t), OPS[op](reference, in_double(t))
-    for triple in zip(results, eager, exact, strict=True):
-        assert_accurate(*triple, place.rounds_down)
-    return results
+NO_GRADIENTS = [op for op in OPS if not op.startswith("gradient")]
+EVERYWHERE = pytest.mark.parametrize("place", ["cpp", "triton", "reference"], indirect=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("op", OPS)
 def test_equals_the_float64_reference(op, shape, dtype, place):
-    check(op, inputs(shape, dtype, place.device), place)
+    check(op, inputs(shape, dtype, place.device), place.rounds_down)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if len(shape) in (4, 5)])
 @pytest.mark.parametrize("op", OPS)
 def test_channels_last_changes_where_a_result_lies_and_not_what_it_is(op, shape, dtype, place):
-    results = check(op, inputs(shape, dtype, place.device, channels_last), place)
+    results = check(op, inputs(shape, dtype, place.device, channels_last), place.rounds_down)
     row_major = OPS[op](selfnpo_kernels, inputs(shape, dtype, place.device))
     for result, expected in zip(results, row_major, strict=True):
         if result.numel() > 1:
@@ -43,15 +41,15 @@ def test_operands_of_mixed_layouts_and_dtypes(op, place):
     t.cond, t.target = channels_last(t.cond), t.target.transpose(1, 3).contiguous().transpose(1, 3)
     t.uncond = t.uncond.bfloat16()
     t.rows = t.rows.double().T.contiguous().T
-    check(op, t, place)
+    check(op, t, place.rounds_down)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if not op.startswith("gradient")])
+@pytest.mark.parametrize("op", NO_GRADIENTS)
 def test_expanded_and_sliced_operands(op, place):
     t = inputs((4, 4, 6, 6), device=place.device)
     t.sample, t.rows = t.sample[:1].expand(4, -1, -1, -1), t.rows[2:3].expand(4, -1)
     t.cond = torch.cat((t.cond, t.cond), dim=-1)[..., 1:12:2]
-    check(op, t, place)
+    check(op, t, place.rounds_down)
 
 
 @settings(max_examples=60, deadline=None)
@@ -85,6 +83,7 @@ def test_large_and_threaded_gives_the_same_bits():
             assert all(one.equal(other) for other in others), op
 
 
+@EVERYWHERE
 def test_a_guidance_scale_of_one_is_the_conditional_branch(place):
     """u + (c - u) rounds once, so identity holds to that rounding; without uncond it is exact."""
     t = inputs((3, 500), device=place.device)
@@ -96,6 +95,7 @@ def test_a_guidance_scale_of_one_is_the_conditional_branch(place):
     torch.testing.assert_close(cfg_combine(torch.cat((t.uncond, t.cond)), 1.0), t.cond, rtol=0, atol=5e-7)
 
 
+@EVERYWHERE
 def test_a_zero_coefficient_removes_even_infinities(place):
     t, infinite = inputs((3, 70), device=place.device), torch.full((3, 70), float("inf"), device=place.device)
     finished = torch.tensor([[1.0, 0.0, 1.0, 0.0]], device=place.device).expand(3, 4)
@@ -139,34 +139,14 @@ def test_rescaling_far_from_zero(rescale, place):
     torch.testing.assert_close(cfg_combine(batched, 3.0, rescale).double(), exact, rtol=2e-6, atol=0)
 
 
-@pytest.mark.parametrize("op", ["tweedie", "guided_step", "guided_step, no uncond", "cfg_combine", "cfg_combine, rescaled"])
+@pytest.mark.parametrize("op", NO_GRADIENTS)
 def test_gradients_in_double_precision(op):
     t = in_double(inputs((2, 3, 2)))
-    names = ["batched"] if op.startswith("cfg") else ["sample", "cond", "uncond"]
-    leaves = [getattr(t, name).clone().requires_grad_() for name in names]
 
-    def call(*tensors):
-        vars(t).update(zip(names, tensors, strict=True))
-        return tuple(OPS[op](selfnpo_kernels, t))
+    def call(*operands):
+        return tuple(OPS[op](selfnpo_kernels, SimpleNamespace(**(vars(t) | dict(zip(OPERANDS, operands, strict=True))))))
 
-    if "no uncond" in op or op == "tweedie":
-        leaves, names = leaves[:2], names[:2]
-    if "cfg" in op:
-        t.scale = 2.5
-    assert torch.autograd.gradcheck(call, leaves)
-
-
-@pytest.mark.parametrize("kind", ["l2", "huber"])
-def test_loss_gradients_in_double_precision(kind):
-    t = in_double(inputs((2, 3, 2)))
-    leaves = [tensor.clone().requires_grad_() for tensor in (t.cond, t.sample, t.target)]
-    assert torch.autograd.gradcheck(lambda *tensors: x0_loss(*tensors, t.rows[:, :3], kind, 0.5), leaves)
-
-
-def test_jump_gradient_in_double_precision():
-    t = in_double(inputs((2, 5)))
-    leaf = t.sample.requires_grad_()
-    assert torch.autograd.gradcheck(lambda sample: forward_jump(sample, t.rows[:, :2], 1, 2, t.ids), [leaf])
+    assert torch.autograd.gradcheck(call, [getattr(t, operand).requires_grad_() for operand in OPERANDS])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -26,29 +26,10 @@ def test_tweedie_and_guided_step_are_affine_per_sample(shape):
     torch.testing.assert_close(tweedie(sample, uncond + 2.5 * (cond - uncond), rows[:, :2]), x0)
 
 
-def test_guidance_scale_one_is_the_conditional_branch():
-    sample, cond, uncond = draw((2, 3), 3)
-    rows = torch.randn(2, 4, dtype=torch.float64)
-    for guided, plain in zip(
-        guided_step(sample, cond, uncond, 1.0, rows), guided_step(sample, cond, None, 1.0, rows), strict=True
-    ):
-        torch.testing.assert_close(guided, plain)
-
-
-def test_a_finished_row_leaves_the_sample_untouched_even_where_the_model_output_is_infinite():
-    sample = torch.randn(2, 3)
-    output = torch.full((2, 3), float("inf"))
-    finished = torch.tensor([[1.0, 0.0]]).repeat(2, 1)
-    assert tweedie(sample, output, finished).equal(sample)
-    assert guided_step(sample, output, None, 1.0, finished.repeat(1, 2))[0].equal(sample)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_low_precision_is_computed_in_float32_and_returned_as_it_came(dtype):
     sample, output = (tensor.to(dtype) for tensor in draw((2, 64), 2))
-    rows = torch.tensor([[214.3, -213.9]]).repeat(
-        2, 1
-    )  # Stable Diffusion's noisiest time: two large terms that nearly cancel
+    rows = torch.tensor([[214.3, -213.9]]).repeat(2, 1)  # Stable Diffusion's noisiest time: large terms that nearly cancel
     result = tweedie(sample, output, rows)
     exact = tweedie(sample.double(), output.double(), rows)
     assert result.dtype == dtype
@@ -67,11 +48,6 @@ def test_cfg_combine_is_diffusers_guidance(rescale):
     torch.testing.assert_close(cfg_combine(output, w + 1), (w + 1) * positive - w * negative)
 
 
-def test_cfg_combine_needs_two_halves():
-    with pytest.raises(ValueError, match=r"\(3, 2\).*an even batch"):
-        cfg_combine(torch.zeros(3, 2), 2.0)
-
-
 def test_losses():
     output, sample, target = draw((3, 4, 2), 3)
     rows = torch.randn(3, 3, dtype=torch.float64)
@@ -80,12 +56,3 @@ def test_losses():
     torch.testing.assert_close(x0_loss(output, sample, target, rows), difference.square().mean())
     huber = (torch.sqrt(difference.square() + 0.1**2) - 0.1).mean()
     torch.testing.assert_close(x0_loss(output, sample, target, rows, "huber", 0.1), huber)
-    with pytest.raises(ValueError, match="'l1'"):
-        x0_loss(output, sample, target, rows, "l1")
-
-
-@pytest.mark.parametrize("kind", ["l2", "huber"])
-def test_loss_gradient(kind):
-    output, sample, target = draw((3, 4), 3)
-    rows = torch.randn(3, 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda m: x0_loss(m, sample, target, rows, kind, 0.1), output.requires_grad_())

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch._dynamo.testing
+from torch.utils._pytree import tree_map_only
 
 import selfnpo_kernels
-from cases import OPS, channels_last, inputs
+from cases import OPERANDS, OPS, channels_last, inputs
 from selfnpo_kernels import forward_jump, fused_adamw_, guided_step, philox_normal, x0_loss
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -42,30 +43,35 @@ def registered(t):
 
 NAMES = list(registered(inputs((3, 4, 5, 6))))
 GRADIENTS = [name for name in NAMES if not name.startswith(("philox", "x0_loss_backward", "fused"))]
+LAYOUTS = pytest.mark.parametrize("layout", [lambda tensor: tensor, channels_last], ids=["row-major", "channels-last"])
 
 
-@pytest.mark.parametrize("layout", [lambda tensor: tensor, channels_last], ids=["row-major", "channels-last"])
-@pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name, layout):
-    op, arguments = registered(inputs((3, 4, 5, 6), layout=layout))[name]
+def opcheck(name, t, device):
+    op, arguments = registered(t)[name]
+    arguments = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), arguments)
     torch.library.opcheck(op.default, arguments, test_utils=CHECKS)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name, layout, device):
+    opcheck(name, inputs((3, 4, 5, 6), device=device, layout=layout), device)
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_opcheck_with_gradients(name):
-    t = inputs((3, 4, 5, 6))
-    for field in ("sample", "cond", "uncond", "target", "batched"):
-        getattr(t, field).requires_grad_()
-    op, arguments = registered(t)[name]
-    torch.library.opcheck(op.default, arguments, test_utils=CHECKS)
+def test_opcheck_with_gradients(name, device):
+    t = inputs((3, 4, 5, 6), device=device)
+    for operand in OPERANDS:
+        getattr(t, operand).requires_grad_()
+    opcheck(name, t, device)
 
 
-@pytest.mark.parametrize("layout", [lambda tensor: tensor, channels_last], ids=["row-major", "channels-last"])
-def test_every_op_compiles_in_one_graph(layout):
+@LAYOUTS
+def test_every_op_compiles_in_one_graph(layout, device):
     def everything(t):
         return [out for name in OPS if not name.startswith("gradient") for out in OPS[name](selfnpo_kernels, t)]
 
-    t = inputs((3, 4, 8, 6), torch.bfloat16, layout=layout)
+    t = inputs((3, 4, 8, 6), torch.bfloat16, device, layout)
     compiled = torch.compile(everything, fullgraph=True)(t)
     for ours, eager in zip(compiled, everything(t), strict=True):
         assert ours.equal(eager)
@@ -73,7 +79,6 @@ def test_every_op_compiles_in_one_graph(layout):
 
 
 def test_a_training_step_compiles_in_one_graph_and_follows_the_step():
-    torch._dynamo.reset()
     t = inputs((3, 4, 8, 6))
     weight = torch.nn.Parameter(torch.ones(6))
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")

@@ -54,10 +54,8 @@ inline float __bfloat162float(__nv_bfloat16 value) {
 struct __half {
     uint16_t bits;
 };
-inline float __half2float(__half value) {  // enough for finite normal numbers and zero
-    const uint32_t magnitude = value.bits & 0x7FFF;
-    const uint32_t bits = (magnitude ? (magnitude << 13) + (112u << 23) : 0) | (value.bits & 0x8000u) << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof result);
-    return result;
+inline float __half2float(__half value) {  // of finite numbers
+    const int exponent = value.bits >> 10 & 31, fraction = value.bits & 1023;
+    const float magnitude = exponent ? std::ldexp(1024.0f + fraction, exponent - 25) : std::ldexp(1.0f * fraction, -24);
+    return value.bits & 0x8000 ? -magnitude : magnitude;
 }
