@@ -20,8 +20,9 @@ def watched(trainer: Trainer) -> str:
     recorders = []
     for _ in range(2):
         recorders.append(Recorder())
+        trainer.step.counter.fill_(trainer.state.step)
         with recorders[-1]:
-            trainer.step()
+            trainer.step._execute()
         trainer.state.step += 1
     return difference(*recorders)
 

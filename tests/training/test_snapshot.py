@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from commands import QUICK, call
 from runs import SHORT, assert_same_state
+from selfnpo import files
 from selfnpo.config import TrainConfig
 from selfnpo.errors import UserError
 from selfnpo.output import list_checkpoints
@@ -53,7 +54,7 @@ def no_space(*args):
 
 def test_a_file_written_tensor_by_tensor_is_what_safetensors_reads(tmp_path):
     tensors = {
-        f"{dtype}.{size}": torch.arange(size).to(dtype) for dtype in checkpoint._NAMES for size in (1, 7)
+        f"{dtype}.{size}": torch.arange(size).to(dtype) for dtype in files.DTYPES.values() for size in (1, 7)
     } | {
         "scalar": torch.tensor(3, dtype=torch.int64),
         "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
@@ -283,10 +284,10 @@ def test_a_checkpoint_of_an_older_version_is_resumed(demo, tmp_path):
 STAGES = [
     (snapshot.CheckpointWriter, "_go_on", 1),
     (snapshot.CheckpointWriter, "_go_on", 30),
-    (checkpoint, "_flush", 1),
-    (checkpoint, "_flush", 3),
+    (files, "_flush", 1),
+    (files, "_flush", 3),
     (Path, "replace", 1),
-    (checkpoint, "_flush", 4),  # renamed, but the folder above is not flushed
+    (files, "_flush", 4),  # renamed, but the folder above is not flushed
     (snapshot, "prune_checkpoints", 1),
 ]
 
@@ -322,7 +323,7 @@ def test_a_run_killed_at_this_stage_resumes_to_the_same_bits(demo, tmp_path, mon
     assert resumed.state.step in (4, 8)
     resumed.run()
     assert_same_state(straight, resumed)
-    assert sorted(path.name for path in broken.iterdir()) == ["checkpoint-12", "checkpoint-8", "log.jsonl"]
+    assert sorted(path.name for path in broken.iterdir()) == ["checkpoint-12", "checkpoint-8", "config.yaml", "log.jsonl"]
 
 
 def test_what_a_killed_run_had_half_written_goes_with_the_next_checkpoint(demo, tmp_path):
