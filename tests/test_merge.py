@@ -114,7 +114,7 @@ def test_shards_and_variants(models, tmp_path, merged, monkeypatch):
     base = in_half(models("stable_diffusion"), tmp_path / "base", variant="fp16", max_shard_size="50KB")
     negative = fine_tune(models("stable_diffusion"), tmp_path / "negative", 1, max_shard_size="50KB")
     whole = load_file(merged(in_half(models("stable_diffusion"), tmp_path / "half"), plain, "--beta", 0.5) / WEIGHTS)
-    monkeypatch.setattr(merge, "MAX_SHARD_SIZE", "50KB")
+    monkeypatch.setattr("selfnpo.export.merged.MAX_SHARD_SIZE", "50KB")
     folder = merged(base, negative, "--beta", 0.5, "--variant", "fp16")
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     assert len(shards) > 2

@@ -52,7 +52,7 @@ def sample(models, perturbed, tmp_path, monkeypatch):
 def shown(monkeypatch):
     """What the pictures were made of: title to images, and (name of the row, name of the column) to images."""
     found = {}
-    for name in ("selfnpo.sample", "selfnpo.validation"):
+    for name in ("selfnpo.sample", "selfnpo.training.validation"):
         monkeypatch.setattr(f"{name}.save_comparison", lambda path, panels, *_: found.update(panels))
 
     def keep(path, cells, rows, columns, *_):
