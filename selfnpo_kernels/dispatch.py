@@ -43,7 +43,12 @@ def backend(name: str) -> Iterator[None]:
 
 
 def backend_for(op: str, tensor: Tensor, cuda: str = "triton") -> str:
-    """The backend that runs `op` on `tensor`; `cuda` is the one that serves CUDA tensors by default."""
+    """The backend that runs `op` on `tensor`; `cuda` is the one that serves CUDA tensors by default.
+
+    Raises:
+        RuntimeError: the forced backend cannot run it.
+        ValueError: SELFNPO_BACKEND names none.
+    """
     forced = _forced or os.environ.get("SELFNPO_BACKEND")
     if forced:
         obstacle = _obstacle(op, _known(forced, "SELFNPO_BACKEND"), tensor, cuda)

@@ -87,17 +87,17 @@ def launch(
     if not out.numel():
         return
     sample, sample_ids = operands.dense(sample, order), sample_ids.contiguous()
-    rows, row_stride = operands.dense_rows(rows)
+    rows = operands.dense_rows(rows)
     # Stored channels last, one position of a sample holds all its channels side by side.
     channels = out.shape[1] if order != torch.contiguous_format else 1
     positions = out[0].numel() // channels
     if backend == "triton":
         from selfnpo_kernels.triton_kernels import forward_jump as triton_kernel
 
-        triton_kernel.launch(out, sample, rows, row_stride, sample_ids, seed, step, site, channels, positions)
+        triton_kernel.launch(out, sample, rows, sample_ids, seed, step, site, channels, positions)
         return
     extension._C.forward_jump(
-        typed(out), typed(sample), (rows.data_ptr(), row_stride), sample_ids.data_ptr(), len(out), channels, positions,
+        typed(out), typed(sample), (rows.data_ptr(), rows.stride(0)), sample_ids.data_ptr(), len(out), channels, positions,
         int(seed) % 2**64, int(step) % 2**32, site, torch.get_num_threads(),
     )  # fmt: skip
 

@@ -62,15 +62,15 @@ def launch(
     if not sample.numel():
         return
     sample, cond, uncond = (operands.dense(tensor, order) for tensor in (sample, cond, uncond))
-    rows, row_stride = operands.dense_rows(rows)
+    rows = operands.dense_rows(rows)
     if backend == "triton":
         from selfnpo_kernels.triton_kernels import guided_step as triton_kernel
 
-        triton_kernel.launch(prev_sample, pred_original_sample, sample, cond, uncond, rows, row_stride, scale)
+        triton_kernel.launch(prev_sample, pred_original_sample, sample, cond, uncond, rows, scale)
         return
     extension._C.guided_step(
         typed(prev_sample), typed(pred_original_sample), typed(sample), typed(cond), typed(uncond),
-        (rows.data_ptr(), row_stride), float(scale), len(sample), sample[0].numel(), torch.get_num_threads(),
+        (rows.data_ptr(), rows.stride(0)), float(scale), len(sample), sample[0].numel(), torch.get_num_threads(),
     )  # fmt: skip
 
 

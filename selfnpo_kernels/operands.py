@@ -114,9 +114,7 @@ def dense(tensor: Tensor | None, order: torch.memory_format) -> Tensor | None:
     return tensor.contiguous(memory_format=order)
 
 
-def dense_rows(rows: Tensor) -> tuple[Tensor, int]:
-    """float32 rows and the distance between two of them, 0 where all samples share one."""
+def dense_rows(rows: Tensor) -> Tensor:
+    """Rows of float32, each dense; the stride between them is 0 where all samples share one."""
     rows = rows.float()
-    if rows.shape[1] > 1 and rows.stride(1) != 1:
-        rows = rows.contiguous()
-    return rows, rows.stride(0)
+    return rows if rows.stride(1) == 1 else rows.contiguous()

@@ -44,15 +44,15 @@ def _run(model_output, sample, target, rows, kind, huber_c):
     backend = backend_for("x0_loss", sample)
     if backend == "reference" or not sample.numel():
         return reference.x0_loss(model_output, sample, target, rows, kind, huber_c)
-    tensors, (rows, row_stride) = _dense(model_output, sample, target), operands.dense_rows(rows)
+    tensors, rows = _dense(model_output, sample, target), operands.dense_rows(rows)
     if backend == "triton":
         from selfnpo_kernels.triton_kernels import x0_loss as triton_kernel
 
-        return triton_kernel.launch(*tensors, rows, row_stride, kind, huber_c)
+        return triton_kernel.launch(*tensors, rows, kind, huber_c)
     return torch.tensor(
         extension._C.x0_loss(
-            *map(typed, tensors), (rows.data_ptr(), row_stride), kind == "huber", huber_c, len(sample), sample[0].numel(),
-            torch.get_num_threads(),
+            *map(typed, tensors), (rows.data_ptr(), rows.stride(0)), kind == "huber", huber_c,
+            len(sample), sample[0].numel(), torch.get_num_threads(),
         ),
         dtype=torch.float32,
     )  # fmt: skip
@@ -69,14 +69,14 @@ def _run_backward(grad, model_output, sample, target, rows, kind, huber_c, opera
     out = torch.empty_like(like, memory_format=order)
     if not out.numel():
         return out
-    tensors, (rows, row_stride) = _dense(model_output, sample, target), operands.dense_rows(rows)
+    tensors, rows = _dense(model_output, sample, target), operands.dense_rows(rows)
     if backend == "triton":
         from selfnpo_kernels.triton_kernels import x0_loss as triton_kernel
 
-        triton_kernel.launch_backward(out, grad, *tensors, rows, row_stride, kind, huber_c, operand)
+        triton_kernel.launch_backward(out, grad, *tensors, rows, kind, huber_c, operand)
         return out
     extension._C.x0_loss_backward(
-        typed(out), grad.item() / out.numel(), operand, *map(typed, tensors), (rows.data_ptr(), row_stride),
+        typed(out), grad.item() / out.numel(), operand, *map(typed, tensors), (rows.data_ptr(), rows.stride(0)),
         kind == "huber", huber_c, len(sample), sample[0].numel(), torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -122,7 +122,6 @@ def launch(
     out: Tensor,
     sample: Tensor | None,
     rows: Tensor,
-    row_stride: int,
     sample_ids: Tensor,
     seed: int | Tensor,
     step: int | Tensor,
@@ -133,14 +132,15 @@ def launch(
     if channels > 1 and channels * positions >= 2**31:  # the kernel counts the elements of such a layout in 32 bits
         row_major = torch.empty_like(out, memory_format=torch.contiguous_format)
         sample = None if sample is None else sample.contiguous()
-        launch(row_major, sample, rows, row_stride, sample_ids, seed, step, site, 1, channels * positions)
+        launch(row_major, sample, rows, sample_ids, seed, step, site, 1, channels * positions)
         out.copy_(row_major)
         return
     seed, seed_pointer, has_seed = value_and_pointer(seed, sample_ids)
     step, step_pointer, has_step = value_and_pointer(step, sample_ids)
     programs, _, blocks = grid(out)
     forward_jump_kernel[programs](
-        out, out if sample is None else sample, out if sample is None else rows, row_stride, sample_ids, seed, seed_pointer,
-        step, step_pointer, site, channels, positions, blocks, HAS_SAMPLE=sample is not None, HAS_SEED_POINTER=has_seed,
-        HAS_STEP_POINTER=has_step, CHANNELS_LAST=channels > 1, WHOLE=positions % 4 == 0, COUNTERS=COUNTERS,
+        out, out if sample is None else sample, out if sample is None else rows, rows.stride(0), sample_ids,
+        seed, seed_pointer, step, step_pointer, site, channels, positions, blocks,
+        HAS_SAMPLE=sample is not None, HAS_SEED_POINTER=has_seed, HAS_STEP_POINTER=has_step,
+        CHANNELS_LAST=channels > 1, WHOLE=positions % 4 == 0, COUNTERS=COUNTERS,
     )  # fmt: skip

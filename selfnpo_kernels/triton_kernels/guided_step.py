@@ -34,13 +34,12 @@ def launch(
     cond: Tensor,
     uncond: Tensor | None,
     rows: Tensor,
-    row_stride: int,
     scale: float | Tensor,
 ) -> None:
     scale, scale_pointer, has_pointer = value_and_pointer(scale, rows)
     programs, elements, blocks = grid(sample)
     guided_step_kernel[programs](
         sample if prev_sample is None else prev_sample, pred_original_sample, sample, cond,
-        cond if uncond is None else uncond, rows, row_stride, float(scale), scale_pointer, elements, blocks,
+        cond if uncond is None else uncond, rows, rows.stride(0), float(scale), scale_pointer, elements, blocks,
         HAS_PREV=prev_sample is not None, HAS_UNCOND=uncond is not None, HAS_SCALE_POINTER=has_pointer, BLOCK=BLOCK,
     )  # fmt: skip

@@ -44,14 +44,12 @@ def x0_loss_backward_kernel(
 
 
 @on_its_device
-def launch(
-    sample: Tensor, model_output: Tensor, target: Tensor, rows: Tensor, row_stride: int, kind: str, huber_c: float
-) -> Tensor:
+def launch(sample: Tensor, model_output: Tensor, target: Tensor, rows: Tensor, kind: str, huber_c: float) -> Tensor:
     """One pass over the operands, then the sum of one number per program: no atomics, the same bits every time."""
     programs, elements, blocks = grid(sample)
     partials = torch.empty(programs, device=sample.device)
     x0_loss_kernel[programs](
-        partials, sample, model_output, target, rows, row_stride, elements, blocks, huber_c, 1 / sample.numel(),
+        partials, sample, model_output, target, rows, rows.stride(0), elements, blocks, huber_c, 1 / sample.numel(),
         HUBER=kind == "huber", BLOCK=BLOCK,
     )  # fmt: skip
     return partials.sum()
@@ -65,13 +63,12 @@ def launch_backward(
     model_output: Tensor,
     target: Tensor,
     rows: Tensor,
-    row_stride: int,
     kind: str,
     huber_c: float,
     operand: int,
 ) -> None:
     programs, elements, blocks = grid(sample)
     x0_loss_backward_kernel[programs](
-        out, grad, sample, model_output, target, rows, row_stride, elements, blocks, huber_c, 1 / sample.numel(),
+        out, grad, sample, model_output, target, rows, rows.stride(0), elements, blocks, huber_c, 1 / sample.numel(),
         HUBER=kind == "huber", OPERAND=operand, BLOCK=BLOCK,
     )  # fmt: skip
