@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,7 @@ def test_tensorboard_is_optional(tmp_path, monkeypatch, capsys):
     assert list((tmp_path / "out" / "logs").glob("events.*"))
     assert call("train", *QUICK, "--output_dir", tmp_path / "out", *flags, tmp_path / "file") == 2
     assert f"logging_dir {tmp_path / 'file'} cannot be written" in capsys.readouterr().err
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert call("train", *QUICK, "--output_dir", tmp_path / "other", "--report_to", "tensorboard") == 2
     assert "pip install 'selfnpo[tensorboard]'" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
