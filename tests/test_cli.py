@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from diffusers import DiTTransformer2DModel
 from matplotlib.image import imread
 
 from commands import QUICK, call
-from selfnpo import evaluate, train
+from selfnpo import train
 from selfnpo.config import TrainConfig, parse_config
+from selfnpo.demo.evaluation import evaluate
 from selfnpo.models import DEMO_FOLDER
 from selfnpo.output import RESULTS
 
@@ -90,7 +92,7 @@ def test_names_of_other_scripts(alias, name, value):
 
 def test_the_demo_judges_its_negative_and_shows_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        "selfnpo.export.negative.evaluate", lambda *args, num_samples, **kw: evaluate.evaluate(*args, num_samples=200, **kw)
+        "selfnpo.demo.run_report.evaluate", lambda *args, num_samples, **kw: evaluate(*args, num_samples=200, **kw)
     )
     assert call("train", "--max_train_steps", 30, "--output_dir", tmp_path / "out") == 0
     assert set(RESULTS) - {"tensorboard", "samples"} <= {path.name for path in (tmp_path / "out").iterdir()}
@@ -113,7 +115,7 @@ def test_tensorboard_is_optional(tmp_path, monkeypatch, capsys):
     assert list((tmp_path / "out" / "logs").glob("events.*"))
     assert call("train", *QUICK, "--output_dir", tmp_path / "out", *flags, tmp_path / "file") == 2
     assert f"logging_dir {tmp_path / 'file'} cannot be written" in capsys.readouterr().err
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert call("train", *QUICK, "--output_dir", tmp_path / "other", "--report_to", "tensorboard") == 2
     assert "pip install 'selfnpo[tensorboard]'" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()

@@ -1,5 +1,7 @@
 """python -m selfnpo.sample: comparisons, sweeps and videos of every family, and one sentence for what it cannot do."""
 
+import sys
+
 import imageio_ffmpeg
 import numpy as np
 import pytest
@@ -255,7 +257,7 @@ def test_mistakes_are_named(sample, tmp_path, capsys, family, flags, sentence):
 
 
 def test_mp4_is_optional(sample, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     assert sample("cogvideox", "--output", "x.mp4") == 2
     assert "run pip install 'selfnpo[video]', or choose a name that ends in .gif" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -2,14 +2,17 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import budget_run, results
+from benchmarks import budget_run, conftest, results
 from benchmarks.released_loop import ReleasedLoop
 from benchmarks.step_cost import held_bytes, step_cost
 from benchmarks.workloads import cogvideox, data_rollout, evaluations, real, sd15, sdxl
@@ -115,17 +118,15 @@ def test_predictions_are_for_published_sizes(name, parameters):
     assert "stand-in" not in workload.describe()
 
 
-def call(*command, **environment):
+def bench(*arguments):
+    """pytest, in a process of its own."""
+    command = [sys.executable, "-m", "pytest", "--benchmark-only", "-q", *map(str, arguments)]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, command)], capture_output=True, text=True, cwd=ROOT, env=inherited | environment,
-        timeout=240,
-    )  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=inherited)
 
 
 def test_a_benchmark_prints_and_saves_its_table(tmp_path):
-    selected = "tweedie and 20x4x64x64"
-    done = call("pytest", "benchmarks/bench_ops.py", "-k", selected, "--benchmark-only", "-q", "--results", tmp_path)
+    done = bench("benchmarks/bench_ops.py", "-k", "tweedie and 20x4x64x64", "--results", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*/*.json")
     table = json.loads(path.read_text())["tables"]["ops"]
@@ -141,9 +142,6 @@ def test_a_benchmark_prints_and_saves_its_table(tmp_path):
 
 
 BENCHES = """
-import os, signal, time
-from benchmarks import results
-
 def row(latents):
     return {"model": "m", "latents": latents, "batch": 4, "sequential, ms": [1.0, 2.0, 3.0]}
 
@@ -153,16 +151,15 @@ def bench_one(record):
 
 def bench_two(record):
     record("tandem", [row("2x2")], {"matmul FLOP/s": 1e9})
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(9)
+    raise KeyboardInterrupt
 """
 
 
 def test_what_was_recorded_is_saved_whatever_comes_after(tmp_path):
     file = tmp_path / "bench_some.py"
     file.write_text(BENCHES)
-    options = "-c", ROOT / "pyproject.toml", "-p", "benchmarks.conftest", "-p", "no:cacheprovider", "--benchmark-only"
-    done = call("pytest", file, *options, "--results", tmp_path)
+    options = "-c", ROOT / "pyproject.toml", "-p", "benchmarks.conftest", "-p", "no:cacheprovider"
+    done = bench(file, *options, "--results", tmp_path)
     assert done.returncode == pytest.ExitCode.INTERRUPTED, done.stdout + done.stderr
     (path,) = tmp_path.glob("*/*.json")
     table = json.loads(path.read_text())["tables"]["tandem"]
@@ -176,26 +173,26 @@ def test_a_run_in_parts_adds_up(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(budget_run, "sd15", lambda: sd15(8).changed(train_batch_size=2))
     monkeypatch.setenv("SELFNPO_COMMIT", "a" * 40)
 
-    def part(steps, seconds=0, **energy):
+    def part(steps, seconds=0):
+        monkeypatch.setattr(budget_run, "time", SimpleNamespace(monotonic=count().__next__))  # a second a step
         options = budget_run.BudgetRun(compile=False, max_train_steps=steps, max_seconds=seconds, results=tmp_path)
         code = budget_run.main(options)
         (row,) = (row for row in results.rows_before("budget", tmp_path) if row["steps"] == steps)
         return code, row
 
     code, one = part(10**6, seconds=2)
-    assert (code, one["parts, run"]) == (budget_run.UNFINISHED, 1)
-    assert 0 < one["steps, done"] < 10**5
+    assert (code, one["steps, done"], one["parts, run"]) == (budget_run.UNFINISHED, 2, 1)
     (path,) = tmp_path.glob("*/*.json")
     path.rename(path.with_name(f"2020-01-01-{'a' * 7}.json"))  # the next part is of another day, on which it is not first
     row = {"model": "m", "latents": "1x1", "batch": 4, "sequential, ms": [1.0, 2.0, 3.0]}
     results.save({"tandem": results.table("tandem", [row], {})}, tmp_path)
-    code, both = part(10**6, seconds=2)
-    assert (code, both["parts, run"]) == (budget_run.UNFINISHED, 2)
-    for name in ("steps, done", "training, s", "start-up, s", "predicted training, s"):
+    code, both = part(10**6, seconds=3)
+    assert (code, both["steps, done"], both["parts, run"]) == (budget_run.UNFINISHED, 5, 2)
+    for name in ("training, s", "start-up, s", "predicted training, s"):
         assert both[name] > one[name]
     assert both["training, s"] + both["start-up, s"] == pytest.approx(3600 * both["run, device-hours"])
-    assert both["samples, 1/s"] == pytest.approx(2 * both["steps, done"] / both["training, s"])
-    assert f"{both['steps, done']} of 1000000 steps are done, in 2 parts" in capsys.readouterr().out
+    assert both["samples, 1/s"] == pytest.approx(2 * 5 / both["training, s"])
+    assert "5 of 1000000 steps are done, in 2 parts" in capsys.readouterr().out
     code, done = part(3)  # another run
     assert (code, done["steps, done"], done["parts, run"]) == (0, 3, 1)
     code, again = part(3)  # which is whole, so this one is new
@@ -225,29 +222,46 @@ def test_the_commit_is_the_one_that_a_process_began_with(tmp_path, monkeypatch):
     assert results.environment() == before
 
 
-def test_a_budget_run(tmp_path):
-    done = call("benchmarks.budget_run", "--rollout", "data", "--max_train_steps", 2, "--no_compile", "--results", tmp_path)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def command(monkeypatch):
+    """Exit code of python -m MODULE ARGUMENTS."""
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        monkeypatch.delitem(sys.modules, module, raising=False)  # of which runpy would warn
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(module, run_name="__main__")
+        return ended.value.code
+
+    return run
+
+
+def test_a_budget_run(command, tmp_path, capsys):
+    flags = ("--rollout", "data", "--max_train_steps", 2, "--no_compile", "--results", tmp_path)
+    assert command("benchmarks.budget_run", *flags) == 0
     (path,) = tmp_path.glob("*/*.json")
     (row,) = json.loads(path.read_text())["tables"]["budget"]["rows"]
     assert row[:6] == [sd15().describe(), "full", "data", 2, 2, 1]
     assert row[6] > 0
-    assert str(path.with_suffix(".md")) in done.stdout
+    assert str(path.with_suffix(".md")) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("command", "message"),
+    ("module", "arguments", "message"),
     [
-        (("benchmarks.budget_run", "--rollout", "fresh"), "fresh"),
-        (("benchmarks.budget_run", "--max_train_steps", 0), "error: max_train_steps is 0; expected a value from 1 to"),
-        (("benchmarks.budget_run", "--max_seconds", -1), "error: max_seconds is -1; expected 0 or more"),
-        (("benchmarks.budget_run", "--results", "/dev/null/no"), "error: --results /dev/null/no cannot be written: Not a"),
-        (("benchmarks.compare", "one.json"), "error: got 1 files; expected two"),
-        (("pytest", "benchmarks", "--results", "/dev/null/no"), "ERROR: --results /dev/null/no cannot be written: Not a"),
+        ("benchmarks.budget_run", ("--rollout", "fresh"), "fresh"),
+        ("benchmarks.budget_run", ("--max_train_steps", 0), "error: max_train_steps is 0; expected a value from 1 to"),
+        ("benchmarks.budget_run", ("--max_seconds", -1), "error: max_seconds is -1; expected 0 or more"),
+        ("benchmarks.budget_run", ("--results", "/dev/null/no"), "error: --results /dev/null/no cannot be written: Not a"),
+        ("benchmarks.compare", ("one.json",), "error: got 1 files; expected two"),
     ],
 )
-def test_mistakes(command, message):
-    done = call(*command)
-    assert done.returncode == (4 if command[0] == "pytest" else 2)
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_mistakes(command, capsys, module, arguments, message):
+    assert command(module, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_results_that_cannot_be_written_are_said_before_anything_is_measured():
+    config = SimpleNamespace(getoption=lambda name: Path("/dev/null/no"))
+    with pytest.raises(pytest.UsageError, match="--results /dev/null/no cannot be written: Not a directory"):
+        conftest.pytest_configure(config)

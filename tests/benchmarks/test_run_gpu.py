@@ -29,7 +29,7 @@ trap 'kill $!; echo interrupted; exit 1' INT
 echo "$@" >>"$(dirname "$0")/calls"
 case "$*" in
 *"${FAILING:-nothing}"*) echo why; exit "${CODE:-3}" ;;
-*"${LASTING:-nothing}"*) sleep 3600 & wait ;;
+*"${LASTING:-nothing}"*) sleep 600 & wait ;;
 esac
 """
 

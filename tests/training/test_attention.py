@@ -130,7 +130,6 @@ def test_backends_that_cannot_run_are_left_out(load):
     with torch.no_grad():
         (choice,) = choose_attention(model.denoiser, model, [CUDNN, MATH])
     assert choice.milliseconds.keys() == {"own choice", "math"}
-    assert all(0 < value < 100 for value in choice.milliseconds.values())
     model = load()
     (choice,) = choose_attention(model.denoiser, model, [CUDNN])
     assert choice.backend == "own choice"

@@ -259,7 +259,7 @@ def test_a_signal_leaves_a_marked_resumable_run_and_no_traceback(tmp_path, monke
 ENDLESS = """
 import time
 from selfnpo import train
-train.finish = lambda *args: time.sleep(3600)
+train.finish = lambda *args: time.sleep(600)
 train.main(train.parse_config())
 """
 
