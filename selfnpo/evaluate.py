@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -117,10 +117,17 @@ def save(config: EvaluateConfig, evaluation: Evaluation) -> str:
         )
     )
     write_text(output_dir / "evaluation.md", text)
-    content = {"command": command(config), "environment": describe(), "values": evaluation.values}
+    content = {"command": command(config), "environment": describe()} | asdict(evaluation)
     write_text(output_dir / "evaluation.json", json.dumps(content, indent=1))
     report.save_precision_recall(evaluation, output_dir / "precision_recall.png")
     return text
+
+
+def load(path: Path) -> Evaluation:
+    """What `save` wrote as JSON."""
+    content = json.loads(path.read_text())
+    values = {arm: {float(scale): rows for scale, rows in found.items()} for arm, found in content["values"].items()}
+    return Evaluation(values, content["num_samples"], tuple(content["seeds"]))
 
 
 def main(config: EvaluateConfig) -> None:

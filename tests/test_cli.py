@@ -90,7 +90,7 @@ def test_names_of_other_scripts(alias, name, value):
 
 def test_the_demo_judges_its_negative_and_shows_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        "selfnpo.export.negative.evaluate", lambda *args, num_samples, **kw: evaluate.evaluate(*args, num_samples=200, **kw)
+        "selfnpo.demo.run_report.evaluate", lambda *args, num_samples, **kw: evaluate.evaluate(*args, num_samples=200, **kw)
     )
     assert call("train", "--max_train_steps", 30, "--output_dir", tmp_path / "out") == 0
     assert set(RESULTS) - {"tensorboard", "samples"} <= {path.name for path in (tmp_path / "out").iterdir()}
@@ -153,7 +153,7 @@ def test_evaluate_writes_table_and_plot(trained, tmp_path, capsys):
     assert imread(output / "precision_recall.png").size > 10_000
 
 
-def test_base_trains_what_the_package_ships(tmp_path):
+def test_base_writes_a_model_like_the_one_that_ships(tmp_path):
     assert call("base", "--output_dir", tmp_path / "base", "--max_train_steps", 3) == 0
     shipped, made = (
         json.loads((folder / "transformer" / "config.json").read_text()) for folder in (DEMO_FOLDER, tmp_path / "base")
