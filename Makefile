@@ -10,7 +10,7 @@ NATIVE = $(wildcard csrc/*.* csrc/*/*.* tests/kernels/*.cu tests/kernels/cuda_on
 demo: $(VENV)/installed  ## train a negative model for the embedded demo, show and judge what it does
 	$(BIN)/python -m selfnpo.train --output_dir $(RUNS)/demo --overwrite
 	$(BIN)/python -m selfnpo.sample --negative $(RUNS)/demo/negative --guidance_scale 3 --output $(RUNS)/demo/samples.png --overwrite
-	$(BIN)/python -m selfnpo.evaluate --arms self-npo --num_samples 1000 --guidance_scales 2 3 \
+	$(BIN)/python -m selfnpo.evaluate --arms self-npo --num_samples 1000 --guidance_scales 2 3 --seeds 20 21 22 \
 		--output_dir $(RUNS)/demo/evaluation --overwrite
 
 test: $(VENV)/installed  ## what CI runs
@@ -23,7 +23,7 @@ soak: $(VENV)/installed  ## the slow checks: variants, and many kills in a row
 compat: $(VENV)/installed  ## kernel and step tests under the oldest and the newest torch and Triton (20 GB of disk)
 	$(BIN)/python tests/compat.py $(ROWS)
 
-evaluate: $(VENV)/installed  ## the README's table: every baseline, fresh rollouts, three fine-tunes
+evaluate: $(VENV)/installed  ## the README's table: every baseline, fresh rollouts, six fine-tunes of each
 	$(BIN)/python -m selfnpo.evaluate --arms self-npo fresh random early shuffled --output_dir $(RUNS)/evaluation --overwrite
 
 bench: test  ## speed is never reported on a red test

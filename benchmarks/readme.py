@@ -13,7 +13,6 @@ A table lies between two comments, of which the first says what it shows:
 Of every device the newest file under version control is taken, GPUs first.
 """
 
-import json
 import re
 from itertools import groupby
 from pathlib import Path
@@ -22,8 +21,8 @@ from benchmarks.report import provenance
 from benchmarks.results import RESULTS, UNKNOWN, git, load, newest
 from benchmarks.tables import key, to_markdown
 from selfnpo.cli import run
-from selfnpo.demo.evaluation import Evaluation
 from selfnpo.demo.report import difference_table
+from selfnpo.evaluate import load as load_evaluation
 from selfnpo.files import write_text
 
 ROOT = Path(__file__).parents[1]
@@ -70,9 +69,7 @@ def reports(_: str) -> str:
 
 
 def evaluation(_: str) -> str:
-    content = json.loads(EVALUATION.read_text())["values"]
-    values = {arm: {float(scale): rows for scale, rows in found.items()} for arm, found in content.items()}
-    return difference_table(Evaluation(values, num_samples=0, seeds=()), brief=True)
+    return difference_table(load_evaluation(EVALUATION))
 
 
 def generated(text: str) -> str:

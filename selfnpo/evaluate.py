@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,6 @@ from selfnpo.demo.base import train_base
 from selfnpo.demo.baselines import ShuffledLabels, random_perturbation
 from selfnpo.demo.evaluation import CFG, SEEDS, SELF_NPO, Evaluation, evaluate
 from selfnpo.demo.metrics import Metrics
-from selfnpo.device import cpu_name
 from selfnpo.env import installation
 from selfnpo.errors import UserError
 from selfnpo.files import write_text
@@ -113,14 +112,21 @@ def save(config: EvaluateConfig, evaluation: Evaluation) -> str:
             report.verdict(evaluation),
             report.best(evaluation),
             report.CAVEATS,
-            f"Made with `{command(config)}` on {cpu_name()}, torch {torch.__version__}.\n",
+            f"Made with `{command(config)}` on {installation()['cpu']}, torch {torch.__version__}.\n",
         )
     )
     write_text(output_dir / "evaluation.md", text)
-    content = {"command": command(config), "environment": installation(), "values": evaluation.values}
+    content = {"command": command(config), "environment": installation()} | asdict(evaluation)
     write_text(output_dir / "evaluation.json", json.dumps(content, indent=1))
     report.save_precision_recall(evaluation, output_dir / "precision_recall.png")
     return text
+
+
+def load(path: Path) -> Evaluation:
+    """What `save` wrote as JSON."""
+    content = json.loads(path.read_text())
+    values = {arm: {float(scale): rows for scale, rows in found.items()} for arm, found in content["values"].items()}
+    return Evaluation(values, content["num_samples"], tuple(content["seeds"]))
 
 
 def main(config: EvaluateConfig) -> None:

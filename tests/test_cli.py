@@ -155,7 +155,7 @@ def test_evaluate_writes_table_and_plot(trained, tmp_path, capsys):
     assert imread(output / "precision_recall.png").size > 10_000
 
 
-def test_base_trains_what_the_package_ships(tmp_path):
+def test_base_writes_a_model_like_the_one_that_ships(tmp_path):
     assert call("base", "--output_dir", tmp_path / "base", "--max_train_steps", 3) == 0
     shipped, made = (
         json.loads((folder / "transformer" / "config.json").read_text()) for folder in (DEMO_FOLDER, tmp_path / "base")

@@ -1,7 +1,7 @@
 """Paired comparison of negative models on the digits: same noise, same labels, same guidance, another negative.
 
 A replicate is one seed: it fine-tunes its own negative (unless one is given) and draws its own noise and labels; all arms
-of a replicate share them. Means, differences to plain guidance and their standard errors are taken over replicates.
+of a replicate share them. Means, differences to plain guidance and their intervals are taken over replicates.
 """
 
 import math
@@ -19,24 +19,32 @@ from selfnpo.models import PretrainedModel
 from selfnpo.sampling.ddim import ddim_sample, start_noise
 
 NONE, CFG, SELF_NPO = "none", "cfg", "self-npo"
-SEEDS = (20, 21, 22)  # of what is reported; settings were chosen with others
+SEEDS = (20, 21, 22, 23, 24, 25)  # of what is reported; settings were chosen with others
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean over replicates, its standard error and 95 % interval (Student's t)."""
+    """Mean over replicates and half the width of its 95 % interval (Student's t), which is NaN for a single replicate."""
 
     mean: float
-    error: float
     half_width: float
 
     @classmethod
     def of(cls, values: list[float]) -> "Estimate":
-        n, mean = len(values), sum(values) / len(values)
-        if n == 1:
-            return cls(mean, math.nan, math.nan)
-        error = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
-        return cls(mean, error, float(stats.t.ppf(0.975, n - 1)) * error)
+        n = len(values)
+        half_width = stats.t.ppf(0.975, n - 1) * stats.sem(values) if n > 1 else math.nan
+        return cls(sum(values) / n, float(half_width))
+
+    def __format__(self, sign: str) -> str:
+        """Mean ± half width, with two significant digits of the latter; f"{difference:+}" shows a plus."""
+        decimals = min(max(1 - math.floor(math.log10(self.half_width)), 0), 5) if self.half_width > 0 else 3
+        mean = f"{self.mean:{sign}.{decimals}f}"
+        return mean if math.isnan(self.half_width) else f"{mean} ± {self.half_width:.{decimals}f}"
+
+    def holds_zero(self) -> bool:
+        """Whether the interval does, as it is printed: then the sign of the mean is not decided."""
+        mean, _, half_width = f"{self}".partition(" ± ")
+        return not half_width or abs(float(mean)) <= float(half_width)
 
 
 @dataclass(frozen=True)
@@ -50,9 +58,11 @@ class Evaluation:
     def estimate(self, arm: str, guidance_scale: float, metric: str) -> Estimate:
         return Estimate.of([row[metric] for row in self.values[arm][guidance_scale]])
 
-    def difference(self, arm: str, guidance_scale: float, metric: str, baseline: str = CFG) -> Estimate:
-        """`arm` minus `baseline` at the same scale, paired by replicate."""
-        pairs = zip(self.values[arm][guidance_scale], self.values[baseline][guidance_scale], strict=True)
+    def difference(
+        self, arm: str, guidance_scale: float, metric: str, baseline: str = CFG, baseline_scale: float | None = None
+    ) -> Estimate:
+        """`arm` minus `baseline`, by default at the same scale, paired by replicate."""
+        pairs = zip(self.values[arm][guidance_scale], self.values[baseline][baseline_scale or guidance_scale], strict=True)
         return Estimate.of([row[metric] - other[metric] for row, other in pairs])
 
     @property

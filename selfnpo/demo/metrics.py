@@ -74,6 +74,24 @@ def _radii(features: Tensor) -> Tensor:
     return torch.cdist(features, features).kthvalue(K + 1, dim=1).values
 
 
+def compare(fake: Tensor, real: Tensor) -> dict[str, float]:
+    """The metrics of a generated and a real set in one feature space, `[n, d]` and `[m, d]` float64."""
+    distance = torch.cdist(fake, real)
+    inside = distance <= _radii(real)
+    return {
+        "fd": frechet_distance(fake, real),
+        "precision": inside.any(1).double().mean().item(),
+        "recall": (distance <= _radii(fake)[:, None]).any(0).double().mean().item(),
+        "density": inside.double().sum(1).mean().item() / K,
+        "coverage": inside.any(0).double().mean().item(),
+    }
+
+
+def log_probability(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of `labels` `[n]` under `logits` `[n, 10]`: `[n]`."""
+    return logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
+
+
 class Metrics:
     """Judges and reference set of one held-out half."""
 
@@ -81,29 +99,16 @@ class Metrics:
         self.held_out = held_out
         self.judges = [train_judge(held_out, seed) for seed in seeds]
         self.real = [judge.features(held_out.images).double() for judge in self.judges]
-        self.real_radii = [_radii(real) for real in self.real]
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """All metrics of generated `images` `[n, 1, 8, 8]` that were asked for `labels` `[n]`."""
-        by_judge = [self._judged(k, images, labels) for k in range(len(self.judges))]
+        by_judge = [
+            compare(judge.features(images).double(), real) | {"lp": log_probability(judge(images), labels).mean().item()}
+            for judge, real in zip(self.judges, self.real, strict=True)
+        ]
         values = {name: sum(row[name] for row in by_judge) / len(by_judge) for name in by_judge[0]}
         return values | {"nn": self.nearest(images, labels).mean().item()}
-
-    def _judged(self, k: int, images: Tensor, labels: Tensor) -> dict[str, float]:
-        judge, real, radii = self.judges[k], self.real[k], self.real_radii[k]
-        fake = judge.features(images).double()
-        distance = torch.cdist(fake, real)
-        inside = distance <= radii
-        log_probability = judge(images).log_softmax(1)
-        return {
-            "fd": frechet_distance(fake, real),
-            "precision": inside.any(1).double().mean().item(),
-            "recall": (distance <= _radii(fake)[:, None]).any(0).double().mean().item(),
-            "density": inside.double().sum(1).mean().item() / K,
-            "coverage": inside.any(0).double().mean().item(),
-            "lp": log_probability[torch.arange(len(labels)), labels].mean().item(),
-        }
 
     def nearest(self, images: Tensor, labels: Tensor) -> Tensor:
         """RMS pixel distance of each image to its 5 nearest held-out digits of the requested class, averaged: `[n]`."""

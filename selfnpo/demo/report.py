@@ -17,7 +17,6 @@ LABELS = {
     "random": "random perturbation of equal norm",
     "shuffled": "fine-tuned on shuffled labels",
 }
-CERTAIN = 3  # standard errors
 
 CAVEATS = """\
 `fd` and `nn` are better when lower, the others when higher. Read `nn`, `precision` and `density` (faithfulness) together
@@ -25,102 +24,91 @@ with `recall` and `coverage` (variety): a model that repeats a few perfect digit
 These are 8x8 digits and a model of 436 thousand parameters: evidence that the machinery works, none about large models.
 The baselines `early` and `shuffled` are weaker models that no rollout made; where they gain as much, the gain comes from
 having a weaker model as the negative, not from truncated rollouts as such.
+`fd`, `recall` and `coverage` depend on the number of samples: compare them only between equal numbers.
+All replicates share the base, the judges and the real digits (and `early` its one checkpoint): the intervals say nothing
+about another base or other digits.
 """
 
 
-def _number(estimate: Estimate, sign: bool = False) -> str:
-    digits = 2 if abs(estimate.mean) >= 10 else 3
-    text = f"{estimate.mean:+.{digits}f}" if sign else f"{estimate.mean:.{digits}f}"
-    return text if estimate.error != estimate.error else f"{text} ± {estimate.error:.{digits}f}"
+def _name(arm: str, scale: float) -> str:
+    return LABELS[arm] if arm == NONE else f"{LABELS[arm]}, w = {scale - 1:g}"
 
 
 def table(evaluation: Evaluation) -> str:
-    """Every arm at every w, mean ± standard error over replicates."""
+    """Every arm at every w."""
     lines = ["| negative model | w | " + " | ".join(METRICS) + " |", "| --- " * (len(METRICS) + 2) + "|"]
     for arm, by_scale in evaluation.values.items():
         for scale in by_scale:
-            cells = [_number(evaluation.estimate(arm, scale, metric)) for metric in METRICS]
+            cells = [f"{evaluation.estimate(arm, scale, metric)}" for metric in METRICS]
             lines.append(f"| {LABELS[arm]} | {scale - 1:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def difference_table(evaluation: Evaluation, baseline: str = CFG, brief: bool = False) -> str:
-    """Self-NPO minus `baseline` at equal w, noise and labels: mean ± standard error and 95 % interval; or without intervals
-    and with losses in bold."""
+def difference_table(evaluation: Evaluation, baseline: str = CFG) -> str:
+    """Self-NPO minus `baseline` at equal w, noise and labels: losses in bold, what is not decided in parentheses."""
     lines = [f"| Self-NPO minus {LABELS[baseline]} | " + " | ".join(METRICS) + " |", "| --- " * (len(METRICS) + 1) + "|"]
     for scale in evaluation.guidance_scales:
-        cells = []
-        for metric in METRICS:
-            d = evaluation.difference(SELF_NPO, scale, metric, baseline)
-            number = _number(d, sign=True)
-            if not brief:
-                cells.append(f"{number} [{d.mean - d.half_width:+.3f}, {d.mean + d.half_width:+.3f}]")
-            else:
-                cells.append(f"**{number}**" if _wins(d, metric) is False else number)
+        differences = {metric: evaluation.difference(SELF_NPO, scale, metric, baseline) for metric in METRICS}
+        marks = {True: "{:+}", False: "**{:+}**", None: "({:+})"}
+        cells = [marks[wins(each, metric)].format(each) for metric, each in differences.items()]
         lines.append(f"| w = {scale - 1:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _wins(difference: Estimate, metric: str) -> bool | None:
-    """None where it is not decided."""
-    if not abs(difference.mean) > CERTAIN * difference.error:
-        return None
-    return (difference.mean > 0) == HIGHER_IS_BETTER[metric]
+def wins(difference: Estimate, metric: str) -> bool | None:
+    """None where it is not decided: where the printed interval holds 0."""
+    return None if difference.holds_zero() else (difference.mean > 0) == HIGHER_IS_BETTER[metric]
 
 
 def verdict(evaluation: Evaluation) -> str:
     """In sentences: where Self-NPO wins against plain guidance, where it loses, and what is not decided."""
     sentences = []
     for scale in evaluation.guidance_scales:
-        better, worse, undecided = [], [], []
+        found: dict[bool | None, list[str]] = {True: [], False: [], None: []}
         for metric in METRICS:
             d = evaluation.difference(SELF_NPO, scale, metric)
-            wins = _wins(d, metric)
-            if wins is None:
-                undecided.append(metric)
-            else:
-                (better if wins else worse).append(f"{metric} ({_number(d, sign=True)})")
-        sentences.append(
-            f"- **w = {scale - 1:g}**: Self-NPO wins in {', '.join(better) or 'nothing'}; "
-            f"loses in {', '.join(worse) or 'nothing'}; not decided: {', '.join(undecided) or 'nothing'}."
-        )
+            found[wins(d, metric)].append(f"{metric} ({d:+})")
+        better, worse, undecided = (", ".join(names) or "nothing" for names in found.values())
+        sentences.append(f"- **w = {scale - 1:g}**: Self-NPO wins in {better}; loses in {worse}; not decided: {undecided}.")
     return "\n".join(sentences)
 
 
 def best(evaluation: Evaluation) -> str:
-    """Each method at its own best w, for the question whether it is worth having at all."""
+    """The method and w with the best mean in each metric, and those whose difference to it is not decided."""
+    points = [(arm, scale) for arm in (NONE, CFG, SELF_NPO) for scale in evaluation.values[arm]]
     choices = []
     for metric in METRICS:
-        means = {
-            (arm, scale): evaluation.estimate(arm, scale, metric).mean
-            for arm in (NONE, CFG, SELF_NPO)
-            for scale in evaluation.values.get(arm, {})
-        }
-        arm, scale = (max if HIGHER_IS_BETTER[metric] else min)(means, key=means.get)
-        guided = "" if arm == NONE else f" at w = {scale - 1:g}"
-        choices.append(f"{metric}: {LABELS[arm]}{guided} ({means[arm, scale]:.3f})")
-    return f"Best of no guidance, CFG and Self-NPO over all w measured here: {'; '.join(choices)}."
+        means = {point: evaluation.estimate(*point, metric).mean for point in points}
+        ranked = sorted(points, key=means.get, reverse=HIGHER_IS_BETTER[metric])
+        equal = [point for point in ranked if evaluation.difference(*ranked[0], metric, *point).holds_zero()]
+        names = [f"{_name(*point)} ({evaluation.estimate(*point, metric)})" for point in equal]
+        choices.append(f"- {metric}: {' or '.join(names) if len(equal) < len(points) else 'not decided'}")
+    title = "Best of no guidance, CFG and Self-NPO over all w measured here, or what is not told apart from it:"
+    return "\n".join((title, "", *choices))
 
 
 def explain(evaluation: Evaluation, one_negative: bool) -> str:
     """How the numbers were made; `one_negative` says that no replicate trained its own."""
     return (
         f"{evaluation.num_samples} samples per arm and w, {len(evaluation.seeds)} replicates (seeds "
-        f"{', '.join(map(str, evaluation.seeds))}), mean ± standard error over replicates; in brackets the 95 % interval. "
+        f"{', '.join(map(str, evaluation.seeds))}). Mean ± half the width of its 95 % interval (Student's t over the "
+        "replicates; of a single one there is none, and nothing is decided). "
         + (
-            "All replicates use one negative model, so the errors hold the noise of sampling but not that of training. "
+            "All replicates use one negative model, so the intervals hold the noise of sampling but not that of training. "
             if one_negative
             else "Every replicate fine-tunes its own negative models and draws its own noise, which all its arms share. "
         )
-        + f"A win or loss is a paired difference beyond {CERTAIN} standard errors."
+        + "Differences are paired by replicate. Self-NPO wins or loses where the interval, as printed, does not hold 0; "
+        "in tables of differences losses are bold, and what is not decided is in parentheses. Such a table has "
+        f"{len(evaluation.guidance_scales) * len(METRICS)} differences: of those that are really 0, one in twenty would be "
+        "called a win or a loss by chance."
     )
 
 
 def panel_title(evaluation: Evaluation, arm: str, scale: float) -> str:
     """A method and what it reached, for the title of its picture."""
     fd, precision, recall = (evaluation.estimate(arm, scale, metric).mean for metric in ("fd", "precision", "recall"))
-    guided = "" if arm == NONE else f", w = {scale - 1:g}"
-    return f"{LABELS[arm]}{guided}\nFD {fd:.1f}, precision {precision:.2f}, recall {recall:.2f}"
+    return f"{_name(arm, scale)}\nFD {fd:.1f}, precision {precision:.2f}, recall {recall:.2f}"
 
 
 def save_precision_recall(evaluation: Evaluation, path: Path) -> None:

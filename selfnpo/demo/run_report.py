@@ -29,7 +29,7 @@ def demo_report(state: TrainState, status: str, compute: dict[str, Any]) -> str:
         [{SELF_NPO: state.model}] * len(SEEDS),
         SEEDS,
         guidance_scales=(2.0, 3.0),
-        num_samples=2000,
+        num_samples=1000,
     )
     labels = torch.arange(60) % base.num_conditions
     noise = start_noise(base, len(labels), state.config.seed)
