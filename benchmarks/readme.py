@@ -21,8 +21,8 @@ from benchmarks.report import provenance
 from benchmarks.results import RESULTS, UNKNOWN, git, load, newest
 from benchmarks.tables import key, to_markdown
 from selfnpo.cli import run
+from selfnpo.demo.evaluation import load as load_evaluation
 from selfnpo.demo.report import difference_table
-from selfnpo.evaluate import load as load_evaluation
 from selfnpo.files import write_text
 
 ROOT = Path(__file__).parents[1]

@@ -122,13 +122,6 @@ def save(config: EvaluateConfig, evaluation: Evaluation) -> str:
     return text
 
 
-def load(path: Path) -> Evaluation:
-    """What `save` wrote as JSON."""
-    content = json.loads(path.read_text())
-    values = {arm: {float(scale): rows for scale, rows in found.items()} for arm, found in content["values"].items()}
-    return Evaluation(values, content["num_samples"], tuple(content["seeds"]))
-
-
 def main(config: EvaluateConfig) -> None:
     check(config)
     base = load_pretrained(ModelOptions(config.pretrained_model_name_or_path))

@@ -4,9 +4,11 @@ A replicate is one seed: it fine-tunes its own negative (unless one is given) an
 of a replicate share them. Means, differences to plain guidance and their intervals are taken over replicates.
 """
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
@@ -97,3 +99,10 @@ def evaluate(
             for guidance_scale in guidance_scales:
                 measure(arm, guidance_scale, seed, negative)
     return Evaluation(values, num_samples, seeds)
+
+
+def load(path: Path) -> Evaluation:
+    """What `python -m selfnpo.evaluate` wrote as evaluation.json."""
+    content = json.loads(path.read_text())
+    values = {arm: {float(scale): rows for scale, rows in found.items()} for arm, found in content["values"].items()}
+    return Evaluation(values, content["num_samples"], tuple(content["seeds"]))

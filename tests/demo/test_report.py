@@ -10,9 +10,8 @@ from scipy import stats
 
 from benchmarks import readme
 from selfnpo.demo import report
-from selfnpo.demo.evaluation import CFG, NONE, SEEDS, SELF_NPO, Estimate, Evaluation
+from selfnpo.demo.evaluation import CFG, NONE, SEEDS, SELF_NPO, Estimate, Evaluation, load
 from selfnpo.demo.metrics import HIGHER_IS_BETTER, METRICS
-from selfnpo.evaluate import load
 
 COMMITTED = load(readme.EVALUATION)
 CELL = re.compile(r"(\(|\*\*|)([+-][\d.]+)(?: ± ([\d.]+))?(\)|\*\*|)")
