@@ -63,7 +63,7 @@ class Workload:
         return Trainer(config, base, output_dir, data_rollout(config, base) if config.rollout == "data" else None)
 
     def load(self) -> PretrainedModel:
-        """The model with random weights, where `selfnpo.data.load_base` has it."""
+        """The model with random weights, where `selfnpo.inputs.data.load_base` has it."""
         family, config = self.source.family, self.source.config
         torch.manual_seed(0)
         with DEVICE:

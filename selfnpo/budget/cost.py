@@ -1,4 +1,4 @@
-"""What a run costs: FLOPs counted on the meta device, hours, energy, utilisation.
+"""What a run costs: FLOPs counted on the meta device, the hours that they predict, and the closing lines that tell of both.
 
 FLOPs are two per multiply-add, of matrix products, convolutions and attention, with what gradient checkpointing computes
 again. Elementwise operations and the optimizer are not counted.

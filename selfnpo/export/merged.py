@@ -16,8 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from selfnpo.errors import UserError
-from selfnpo.files import DTYPES as files_dtypes
-from selfnpo.files import committed_folder, tensors_header
+from selfnpo.files import DTYPES, committed_folder, tensors_header
 from selfnpo.mixing import mixed
 from selfnpo.models import ModelOptions, Source
 from selfnpo.models.lora.read import is_lora, read_offsets
@@ -25,7 +24,7 @@ from selfnpo.models.lora.write import model_spec
 from selfnpo.models.origin import SINGLE_FILE, find
 
 MAX_SHARD_SIZE = "10GB"  # diffusers' default
-DTYPES = {"F32", "F16", "BF16"}  # of weights that are read as they lie
+AS_STORED = {"F32", "F16", "BF16"}  # dtypes of weights that are read as they lie
 CONFIG_FILES = ("config.json", SAFE_WEIGHTS_INDEX_NAME)  # beside the weights
 
 Read = Callable[[str], Tensor]  # the weight of that name, in float32
@@ -106,8 +105,8 @@ def _base(source: Source, shapes: Mapping[str, torch.Size]) -> tuple[Read, torch
     options = source.options
     if source.file is None and options.denoiser_name_or_path is None and options.lora_name_or_path is None:
         files, dtypes = _stored(source.layout, source.subfolder, options, shapes)
-        if dtypes <= DTYPES and files:
-            return _reader(files), files_dtypes[dtypes.pop()] if len(dtypes) == 1 else torch.float32
+        if dtypes <= AS_STORED and files:
+            return _reader(files), DTYPES[dtypes.pop()] if len(dtypes) == 1 else torch.float32
     return source.denoiser(torch.float32).state_dict().__getitem__, torch.float32
 
 

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: the negative model, its cost, and for the demo what it changed."""
+"""The trained negative in a folder of its own, with its model card: full weights, or a LoRA in both formats."""
 
 from pathlib import Path
 from typing import Any
@@ -52,4 +52,5 @@ def _save_lora(folder: Path, state: TrainState) -> None:
 
 
 def card(state: TrainState, status: str, quality: dict[str, Any] | None = None) -> str:
+    """The model card; without `quality` the samples were not judged."""
     return model_card(state.config, state.base.family, training_cost(state), status, quality)

@@ -17,6 +17,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from selfnpo.errors import UserError, first_line
+from selfnpo.models import PretrainedModel
+
 CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
 EFFICIENT, MATH = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 NAMES = {None: "own choice", CUDNN: "cudnn", FLASH: "flash", EFFICIENT: "efficient", MATH: "math"}
@@ -107,6 +110,21 @@ def choose_attention(model: ModelMixin, run: Callable[[], object], backends: Seq
         choices.append(Choice((query, call.keys), NAMES[fastest[call]], named, modules))
     _assign(calls, fastest)
     return choices
+
+
+def use_xformers(base: PretrainedModel) -> None:
+    """xformers' attention in place of PyTorch's own."""
+    try:
+        if not base.family.has_xformers:
+            raise NotImplementedError(f"diffusers has none for the attention of {base.family.name} models")
+        import xformers.ops  # noqa: F401
+
+        base.denoiser.enable_xformers_memory_efficient_attention()
+    except (ImportError, ValueError, RuntimeError, OSError) as error:
+        raise UserError(
+            f"attention is xformers, which cannot run here: {first_line(error)}; its wheel must be built for torch "
+            f"{torch.__version__} and needs a GPU; use --attention sdpa"
+        ) from error
 
 
 def spare_single_keys(model: ModelMixin, run: Callable[[], object]) -> None:

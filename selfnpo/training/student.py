@@ -23,9 +23,10 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from selfnpo.config import TrainConfig
-from selfnpo.errors import UserError, first_line
+from selfnpo.errors import UserError
 from selfnpo.models import Family, PretrainedModel
 from selfnpo.models.lora.adapters import REFERENCE, STUDENT, add_lora, lora_layers, switch
+from selfnpo.training.attention import use_xformers
 from selfnpo_kernels.reference import join_weights, split_weights
 
 RECOMPILE_LIMIT = 128  # shapes of a model's blocks, twice: with gradients and without
@@ -127,21 +128,6 @@ def make_student(config: TrainConfig, base: PretrainedModel) -> Student:
     if config.compile:
         base.denoiser.to(memory_format=torch.channels_last)  # which Inductor keeps through normalisations
     return LoRAStudent(config, base) if config.rank else FullStudent(config, base)
-
-
-def use_xformers(base: PretrainedModel) -> None:
-    """xformers' attention in place of PyTorch's own."""
-    try:
-        if not base.family.has_xformers:
-            raise NotImplementedError(f"diffusers has none for the attention of {base.family.name} models")
-        import xformers.ops  # noqa: F401
-
-        base.denoiser.enable_xformers_memory_efficient_attention()
-    except (ImportError, ValueError, RuntimeError, OSError) as error:
-        raise UserError(
-            f"attention is xformers, which cannot run here: {first_line(error)}; its wheel must be built for torch "
-            f"{torch.__version__} and needs a GPU; use --attention sdpa"
-        ) from error
 
 
 def checkpoint_gradients(config: TrainConfig, model: ModelMixin) -> None:

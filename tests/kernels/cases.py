@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -34,6 +35,9 @@ def inputs(shape, dtype=torch.float32, device="cpu", layout: Callable[[Tensor], 
         batched=layout(torch.cat((uncond, cond))), scale=torch.tensor(SCALE, device=device),
         seed=torch.tensor(SEED - 2**64, device=device), step=torch.tensor(STEP, device=device),
     )  # fmt: skip
+
+
+LAYOUTS = pytest.mark.parametrize("layout", [lambda tensor: tensor, channels_last], ids=["row-major", "channels-last"])
 
 
 def in_double(t):
@@ -92,6 +96,11 @@ def assert_accurate(result: Tensor, eager: Tensor, exact: Tensor, rounds_down: b
     result, eager, exact = (tensor.double().nan_to_num() for tensor in (result, eager, exact))
     error, eager_error = (result - exact).abs().max(), (eager - exact).abs().max()
     assert error <= max(2 * eager_error, roundings * rounding), (error, eager_error, rounding)
+
+
+def agree(noise, exact):
+    """To 5e-7, or 2^-22 of numbers beyond 2, where float32 itself is no finer."""
+    return ((noise - exact).abs() <= 5e-7 * (exact.abs() / 2).clamp(min=1)).all()
 
 
 ADAMW_SIZES = [1, 0, 3, 4, 4095, 4096, 4097, 9000, *[5] * 500]  # blocks, tails, and more tensors than one launch takes

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from test_noise import agree
-from test_registration import LAYOUTS
 
 import selfnpo_kernels
-from cases import DTYPES, OPERANDS, OPS, SEED, SITE, STEP, adamw_lists, check, inputs
+from cases import DTYPES, LAYOUTS, OPERANDS, OPS, SEED, SITE, STEP, adamw_lists, agree, check, inputs
 from selfnpo_kernels import backend, dispatch, fused_adamw_, join_weights, philox_normal
 
 pytestmark = pytest.mark.gpu

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cases import channels_last, inputs
+from cases import agree, channels_last, inputs
 from selfnpo_kernels import backend, forward_jump, philox_normal, philox_uniform, reference
 from selfnpo_kernels.philox import philox_4x32
 from triton_words import words_kernel
@@ -68,11 +68,6 @@ def test_triton_integers():
         sample_id = torch.tensor([counter[3]], device=device)
         words_kernel[(1,)](out, first, key[0] | key[1] << 32, counter[1], counter[2], sample_id)
         assert out[2].tolist() == list(answer)
-
-
-def agree(noise, exact):
-    """To 5e-7, or 2^-22 of numbers beyond 2, where float32 itself is no finer."""
-    return ((noise - exact).abs() <= 5e-7 * (exact.abs() / 2).clamp(min=1)).all()
 
 
 def assert_standard_normal(numbers):

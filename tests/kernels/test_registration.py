@@ -6,7 +6,7 @@ import torch._dynamo.testing
 from torch.utils._pytree import tree_map_only
 
 import selfnpo_kernels
-from cases import OPERANDS, OPS, channels_last, inputs
+from cases import LAYOUTS, OPERANDS, OPS, inputs
 from selfnpo_kernels import forward_jump, fused_adamw_, guided_step, philox_normal, x0_loss
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -43,7 +43,6 @@ def registered(t):
 
 NAMES = list(registered(inputs((3, 4, 5, 6))))
 GRADIENTS = [name for name in NAMES if not name.startswith(("philox", "x0_loss_backward", "fused"))]
-LAYOUTS = pytest.mark.parametrize("layout", [lambda tensor: tensor, channels_last], ids=["row-major", "channels-last"])
 
 
 def opcheck(name, t, device):
