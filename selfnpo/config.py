@@ -11,15 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import yaml
 from tyro.conf import arg
 
 from selfnpo.cli import as_flags, parse
 from selfnpo.errors import UserError, first_line
-from selfnpo.models import ModelOptions, SampleOptions, Source
-
-Precision = Literal["auto", "no", "fp16", "bf16"]
+from selfnpo.models.source import Source
+from selfnpo.options import ModelOptions, Precision, SampleOptions
 
 
 @dataclass(frozen=True)
@@ -199,30 +197,19 @@ def parse_config(args: Sequence[str] | None = None) -> TrainConfig:
     from_file = [] if given.config is None else as_flags(_read(given.config))  # so that both are checked alike
     try:
         in_file = parse(TrainConfig, from_file)
-    except SystemExit:
-        raise UserError(f"config {given.config} was not accepted; the message above names the setting") from None
+    except UserError as error:
+        raise UserError(f"in config {given.config}: {error}") from error
     named = parse(TrainConfig, args, default=in_file)
-    family = Source(named).family
+    check(parse(TrainConfig, args, default=parse(TrainConfig, from_file, default=preset_config(named.preset))))
+    family = Source(named).family  # slow, for it imports diffusers; so most mistakes are told before
     defaults = parse(TrainConfig, from_file, default=preset_config(named.preset, family.presets, named.rank > 0))
-    config = check(parse(TrainConfig, args, default=replace(defaults, preset=named.preset)))
-    return replace(config, mixed_precision=resolve(config.mixed_precision))
+    return check(parse(TrainConfig, args, default=replace(defaults, preset=named.preset)))
 
 
 def preset_config(name: str, of_family: dict[str, dict[str, Any]] | None = None, lora: bool = False) -> TrainConfig:
     """A preset for a family of models; LoRA trains at the learning rate that is usual for it."""
     values = PRESETS[name] | (of_family or {}).get(name, {}) | ({"learning_rate": 1e-4} if lora else {})
     return TrainConfig(preset=name, **values)
-
-
-def resolve(precision: Precision) -> Precision:
-    """What `auto` means here."""
-    if precision != "auto":
-        return precision
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-
-
-def dtype_of(precision: Precision) -> torch.dtype:
-    return {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[resolve(precision)]
 
 
 def _read(path: Path) -> dict[str, Any]:

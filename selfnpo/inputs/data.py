@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from selfnpo.config import TrainConfig, dtype_of
+from selfnpo.config import TrainConfig
+from selfnpo.device import dtype_of
 from selfnpo.errors import UserError
 from selfnpo.inputs.images import encode_images, read_folder
 from selfnpo.inputs.prompts import read_prompts

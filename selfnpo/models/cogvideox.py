@@ -9,7 +9,8 @@ from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
 from torch import Tensor, nn
 
 from selfnpo.errors import UserError
-from selfnpo.models.family import Config, Family, SampleOptions, multiple
+from selfnpo.models.family import Config, Family, multiple
+from selfnpo.options import SampleOptions
 
 FRAMES_PER_LATENT = 4  # the VAE's temporal compression
 

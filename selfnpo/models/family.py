@@ -6,7 +6,6 @@ its conditions are and where a LoRA goes; nothing else in the project knows a fa
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import diffusers
@@ -15,32 +14,9 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from selfnpo.errors import UserError
+from selfnpo.options import SampleOptions
 
 Config = dict[str, Any]  # config.json of a denoiser
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """The size of what is sampled, and SDXL's micro-conditioning; None is what the model was trained for."""
-
-    resolution: int | None = None
-    """Height and width in pixels; by default what the model was trained for."""
-    height: int | None = None
-    """Height in pixels, if it is not the resolution."""
-    width: int | None = None
-    """Width in pixels, if it is not the resolution."""
-    num_frames: int | None = None
-    """Frames of a video."""
-    original_size: tuple[int, int] | None = None
-    """SDXL: height and width that the model is told its training image had; by default those sampled."""
-    crops_coords_top_left: tuple[int, int] = (0, 0)
-    """SDXL: where the model is told its training image was cropped."""
-    target_size: tuple[int, int] | None = None
-    """SDXL: height and width that the model is told to aim for; by default those sampled."""
-
-    def size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width in pixels, with those of the model's training as defaults."""
-        return self.height or self.resolution or height, self.width or self.resolution or width
 
 
 class Family(ABC):

@@ -13,11 +13,10 @@ from tqdm import tqdm
 
 from selfnpo.device import default_device
 from selfnpo.errors import UserError
-from selfnpo.models.family import SampleOptions
 from selfnpo.models.lora.read import is_lora, merge_lora
-from selfnpo.models.origin import ModelOptions
 from selfnpo.models.pretrained import Conditions, PretrainedModel
 from selfnpo.models.source import Source
+from selfnpo.options import ModelOptions, SampleOptions
 
 ENCODE_BATCH = 16
 SHARE_OF_DEVICE = 0.1  # of its free memory, which encoded prompts may take; beyond, they are streamed from the host

@@ -3,36 +3,18 @@
 No code comes with a model: weights are safetensors, classes are diffusers' own.
 """
 
+from __future__ import annotations
+
 import inspect
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import diffusers
-import torch
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
-from packaging.version import Version
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from selfnpo.errors import UserError, first_line
-from selfnpo.models.class_conditional import ClassConditional
-from selfnpo.models.cogvideox import CogVideoX
-from selfnpo.models.demo import DEMO, DEMO_FOLDER
-from selfnpo.models.denoiser import (
-    check_complete,
-    check_single_file,
-    empty_denoiser,
-    load_denoiser,
-    load_replacement,
-    reason,
-    shapes_of,
-)
-from selfnpo.models.family import Config, Family
-from selfnpo.models.lora.read import merge_lora
+from selfnpo.models.demo import DEMO_FOLDER
 from selfnpo.models.origin import (
     SINGLE_FILE,
-    ModelOptions,
     find,
     offline,
     recognise,
@@ -40,19 +22,18 @@ from selfnpo.models.origin import (
     weight_variants,
     why_not_loaded,
 )
-from selfnpo.models.stable_diffusion import StableDiffusion, StableDiffusion2
-from selfnpo.models.stable_diffusion_xl import StableDiffusionXL
-from selfnpo.models.unconditional import Unconditional
+from selfnpo.options import DEMO, ModelOptions
 
-FAMILIES: tuple[Family, ...] = (
-    StableDiffusion(),
-    StableDiffusion2(),
-    StableDiffusionXL(),
-    CogVideoX(),
-    Unconditional(),
-    ClassConditional(),
-)
-DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+
+    from selfnpo.models.family import Config, Family
+
+# The classes of the denoisers that a family here knows, so that others are refused before diffusers is imported.
+DENOISERS = (
+    "CogVideoXTransformer3DModel", "DiTTransformer2DModel", "Transformer2DModel", "UNet2DConditionModel", "UNet2DModel",
+)  # fmt: skip
 
 
 class Source:
@@ -84,6 +65,8 @@ class Source:
         self.family = self._find_family()
         self.family.check(self.config)
         if self.file is not None:
+            from selfnpo.models.denoiser import check_single_file
+
             check_single_file(self.family.denoiser_class, self.file)
 
     def _find_denoiser(self) -> tuple[str, str, Config]:
@@ -105,6 +88,13 @@ class Source:
 
     def _find_family(self) -> Family:
         class_name = self.config.get("_class_name")
+        if class_name not in DENOISERS:
+            known = ", ".join(name for name in DENOISERS if name != "Transformer2DModel")  # an old name of one of them
+            raise UserError(
+                f"{self.layout} is built on {class_name}, which is of no family known here; expected one of {known}"
+            )
+        from selfnpo.models.families import FAMILIES
+
         for family in FAMILIES:
             names = (family.denoiser_class.__name__, *family.former_class_names)
             if class_name in names and family.matches(self.config):
@@ -114,8 +104,7 @@ class Source:
                     name: each.default for name, each in parameters if each.default is not each.empty
                 } | self.config
                 return family
-        known = ", ".join(sorted({family.denoiser_class.__name__ for family in FAMILIES}))
-        raise UserError(f"{self.layout} is built on {class_name}, which is of no family known here; expected one of {known}")
+        raise UserError(f"{self.layout} is a {class_name} of a kind that no family here knows; see docs/models.md")
 
     def _json(self, filename: str) -> dict[str, Any] | None:
         """A JSON file of the layout, or None where it has no such file."""
@@ -128,12 +117,14 @@ class Source:
     @cached_property
     def scheduler(self) -> SchedulerMixin:
         """The pipeline's own scheduler, which defines the noise levels."""
+        import diffusers
+
         for folder in ("scheduler", ""):
             config = self._json(f"{folder}/scheduler_config.json".lstrip("/"))
             if config is None:
                 continue
             scheduler_class = getattr(diffusers, str(config.get("_class_name")), None)
-            if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
+            if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
                 raise UserError(
                     f"the scheduler of {self.layout} is {config.get('_class_name')}, which diffusers does not know"
                 )
@@ -167,10 +158,14 @@ class Source:
         """The autoencoder in float32, or None for models in pixel space."""
         if not self.has_vae:
             return None
+        import torch
+
         return self.pipeline(("vae",), torch.float32).vae.eval().requires_grad_(False)
 
     def empty_denoiser(self) -> ModelMixin:
         """The denoiser without weights, on the meta device."""
+        from selfnpo.models.denoiser import empty_denoiser
+
         return empty_denoiser(self.family.denoiser_class, self.config)
 
     def denoiser(self, dtype: torch.dtype) -> ModelMixin:
@@ -179,6 +174,9 @@ class Source:
         Raises:
             UserError: weights are missing, corrupt, in an unsafe format or of another architecture.
         """
+        from selfnpo.models.denoiser import load_denoiser
+        from selfnpo.models.lora.read import merge_lora
+
         options, family = self.options, self.family
         if options.denoiser_name_or_path is None:
             model = load_denoiser(
@@ -192,6 +190,8 @@ class Source:
 
     def replacement(self, name: str, dtype: torch.dtype) -> ModelMixin:
         """Another denoiser of the base's architecture: from its own folder, or from the pipeline that holds it."""
+        from selfnpo.models.denoiser import load_replacement, shapes_of
+
         kind, expected = self.family.denoiser_class, shapes_of(self.empty_denoiser())
         return load_replacement(kind, name, self.component, expected, dtype, self.options, self.layout)
 
@@ -201,6 +201,13 @@ class Source:
         Raises:
             UserError: one of them is missing or cannot be loaded.
         """
+        import diffusers
+        from packaging.version import Version
+        from torch import nn
+
+        from selfnpo.models.denoiser import check_complete, reason
+
+        dtype_name = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
         kind, options = self.family.pipeline_class, self.options
         expected, _ = kind._get_signature_keys(kind)
         left_out = {name: None for name in expected if name not in (*wanted, "scheduler")}
@@ -211,12 +218,12 @@ class Source:
         try:
             if self.file is not None:
                 pipeline = kind.from_single_file(
-                    str(self.file), config=self.layout, local_files_only=options.local_files_only, **{DTYPE: dtype},
+                    str(self.file), config=self.layout, local_files_only=options.local_files_only, **{dtype_name: dtype},
                     **left_out,
                 )  # fmt: skip
             else:
                 pipeline = kind.from_pretrained(
-                    self.layout, revision=options.revision, variant=options.variant, use_safetensors=True, **{DTYPE: dtype},
+                    self.layout, revision=options.revision, variant=options.variant, use_safetensors=True, **{dtype_name: dtype},
                     local_files_only=options.local_files_only, scheduler=self.scheduler, **left_out,
                 )  # fmt: skip
         except Exception as error:  # as above

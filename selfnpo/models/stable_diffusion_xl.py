@@ -8,8 +8,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from selfnpo.errors import UserError
-from selfnpo.models.family import Config, SampleOptions
+from selfnpo.models.family import Config
 from selfnpo.models.stable_diffusion import RELEASED, StableDiffusion
+from selfnpo.options import SampleOptions
 
 # The released SDXL script's values.
 RELEASED_XL = RELEASED | {

@@ -5,7 +5,8 @@ from typing import ClassVar
 from diffusers import UNet2DModel
 
 from selfnpo.errors import UserError
-from selfnpo.models.family import Config, Family, SampleOptions, image_size, multiple
+from selfnpo.models.family import Config, Family, image_size, multiple
+from selfnpo.options import SampleOptions
 
 
 class Unconditional(Family):
