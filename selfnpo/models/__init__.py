@@ -5,9 +5,9 @@ from selfnpo.models.family import Family, SampleOptions
 from selfnpo.models.loading import load_negative, load_pretrained
 from selfnpo.models.origin import ModelOptions
 from selfnpo.models.pretrained import Conditions, PretrainedModel
-from selfnpo.models.source import FAMILIES, Source
+from selfnpo.models.source import FAMILIES, NOT_THE_DEMO, Source
 
 __all__ = [
-    "DEMO", "DEMO_FOLDER", "FAMILIES", "Conditions", "Family", "ModelOptions", "PretrainedModel", "SampleOptions", "Source",
+    "DEMO", "DEMO_FOLDER", "FAMILIES", "NOT_THE_DEMO", "Conditions", "Family", "ModelOptions", "PretrainedModel", "SampleOptions", "Source",
     "load_negative", "load_pretrained",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ No code comes with a model: weights are safetensors, classes are diffusers' own.
 
 import inspect
 import json
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from selfnpo.models.denoiser import (
     reason,
     shapes_of,
 )
-from selfnpo.models.family import Config, Family
+from selfnpo.models.family import Config, Family, SampleOptions
 from selfnpo.models.lora.read import merge_lora
 from selfnpo.models.origin import (
     SINGLE_FILE,
@@ -52,6 +53,8 @@ FAMILIES: tuple[Family, ...] = (
     Unconditional(),
     ClassConditional(),
 )
+ONLY_OWN = ("revision", "variant", "single_file_config", "lora_name_or_path")  # options that the demo has no use for
+NOT_THE_DEMO = "the model is the embedded demo; name yours in --pretrained_model_name_or_path, or leave it out"
 DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
 
 
@@ -78,13 +81,39 @@ class Source:
             if self.file is None or options.single_file_config is not None:
                 raise
             raise UserError(
-                f"{self.file} needs the configuration of {self.layout}, which could not be read; name a diffusers folder "
+                f"{self.file} needs the configuration of {self.name}, which could not be read; name a diffusers folder "
                 f"that has the like in --single_file_config ({error})"
             ) from error
         self.family = self._find_family()
         self.family.check(self.config)
+        self._check_options()
         if self.file is not None:
             check_single_file(self.family.denoiser_class, self.file)
+
+    def _check_options(self) -> None:
+        """Refuse options that would change nothing of this model, or that the demo has no use for."""
+        options = self.options
+        sizes = isinstance(options, SampleOptions)
+        if self.is_demo:
+            for name in (*ONLY_OWN, *(field.name for field in fields(SampleOptions) if sizes)):
+                if (value := getattr(options, name)) != getattr(type(options), name):
+                    raise UserError(f"{name} is {value}, but {NOT_THE_DEMO}")
+        for name, acts, why in (
+            ("revision", not Path(self.layout).is_dir(), f"{self.name} is not on the hub"),
+            ("variant", self.file is None or options.denoiser_name_or_path, f"{self.file} is a single file"),
+            ("single_file_config", self.file, f"{self.name} is no single file"),
+            ("lora_scale", options.lora_name_or_path, "no LoRA is merged into the base (--lora_name_or_path)"),
+        ):
+            value = getattr(options, name)
+            if not acts and value != getattr(ModelOptions, name):
+                raise UserError(f"{name} is {value}, but {why}; leave it out")
+        if sizes:
+            self.family.check_sample_options(options)
+
+    @property
+    def name(self) -> str:
+        """What messages call it; of a single file, where its configuration is."""
+        return "the embedded demo" if self.is_demo else self.layout
 
     def _find_denoiser(self) -> tuple[str, str, Config]:
         """Name in the pipeline, folder and configuration of the denoiser."""
@@ -99,7 +128,7 @@ class Source:
                 if component in index:
                     return component, "", config
         raise UserError(
-            f"{self.layout} holds no unet/config.json and no transformer/config.json; expected a diffusers pipeline"
+            f"{self.name} holds no unet/config.json and no transformer/config.json; expected a diffusers pipeline"
             + (" (a UNet alone goes into --denoiser_name_or_path)" if config else "")
         )
 
@@ -114,8 +143,12 @@ class Source:
                     name: each.default for name, each in parameters if each.default is not each.empty
                 } | self.config
                 return family
-        known = ", ".join(sorted({family.denoiser_class.__name__ for family in FAMILIES}))
-        raise UserError(f"{self.layout} is built on {class_name}, which is of no family known here; expected one of {known}")
+        known = ", ".join(f"{family.name} ({family.denoiser_class.__name__})" for family in FAMILIES)
+        raise UserError(
+            f"{self.name} is built on {class_name}, which is of no family that can be trained here; "
+            f"expected {known}. selfnpo.guide() takes more pipelines, with a negative from elsewhere: any fine-tune of the "
+            "same architecture, such as an earlier or a merged checkpoint"
+        )
 
     def _json(self, filename: str) -> dict[str, Any] | None:
         """A JSON file of the layout, or None where it has no such file."""
@@ -123,7 +156,7 @@ class Source:
         try:
             return None if path is None else json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"{filename} of {self.layout} could not be read: {first_line(error)}") from error
+            raise UserError(f"{filename} of {self.name} could not be read: {first_line(error)}") from error
 
     @cached_property
     def scheduler(self) -> SchedulerMixin:
@@ -135,13 +168,13 @@ class Source:
             scheduler_class = getattr(diffusers, str(config.get("_class_name")), None)
             if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
                 raise UserError(
-                    f"the scheduler of {self.layout} is {config.get('_class_name')}, which diffusers does not know"
+                    f"the scheduler of {self.name} is {config.get('_class_name')}, which diffusers does not know"
                 )
             if self.options.prediction_type is not None:
                 config["prediction_type"] = self.options.prediction_type
             return scheduler_class.from_config(config)
         raise UserError(
-            f"{self.layout} has no scheduler/scheduler_config.json; expected 'demo' or a complete diffusers pipeline"
+            f"{self.name} has no scheduler/scheduler_config.json; expected 'demo' or a complete diffusers pipeline"
         )
 
     @cached_property
@@ -149,7 +182,7 @@ class Source:
         """Pixels per latent in each direction; 1 for models in pixel space."""
         config = self._json("vae/config.json")
         if config is None and self._json("vqvae/config.json") is not None:
-            raise UserError(f"{self.layout} has a vqvae, which is not supported; expected a model on pixels or with a vae")
+            raise UserError(f"{self.name} has a vqvae, which is not supported; expected a model on pixels or with a vae")
         return 1 if config is None else 2 ** (len(config["block_out_channels"]) - 1)
 
     @property
@@ -161,7 +194,7 @@ class Source:
         is_here = self.file is None and (Path(self.layout).is_dir() or offline(self.options))
         if is_here and self.has_vae and not weight_variants(self.layout, "vae", self.options):
             why = why_not_loaded(self.layout, "vae", self.options, "DiffusionPipeline")
-            raise UserError(why or f"{self.layout} holds no weights of its vae; expected a complete pipeline")
+            raise UserError(why or f"{self.name} holds no weights of its vae; expected a complete pipeline")
 
     def vae(self) -> ModelMixin | None:
         """The autoencoder in float32, or None for models in pixel space."""
@@ -207,7 +240,7 @@ class Source:
         index = self._json("model_index.json") or {}
         for name in wanted:
             if index.get(name, (None, None))[0] is None:
-                raise UserError(f"{self.layout} has no {name} in its model_index.json; expected a complete {kind.__name__}")
+                raise UserError(f"{self.name} has no {name} in its model_index.json; expected a complete {kind.__name__}")
         try:
             if self.file is not None:
                 pipeline = kind.from_single_file(
@@ -222,7 +255,7 @@ class Source:
         except Exception as error:  # as above
             parts = wanted if self.file is None else ()
             why = (why_not_loaded(self.layout, name, options, "DiffusionPipeline") for name in parts)
-            told = f"{', '.join(wanted)} of {self.layout} could not be loaded in safetensors: {reason(error)}"
+            told = f"{', '.join(wanted)} of {self.name} could not be loaded in safetensors: {reason(error)}"
             raise UserError(next(filter(None, why), told)) from error
         for name in wanted:
             if isinstance(part := getattr(pipeline, name), nn.Module):

@@ -7,6 +7,7 @@ from selfnpo.config import TrainConfig
 from selfnpo.errors import UserError, first_line
 from selfnpo.models import Source
 from selfnpo.schedule import make_grid
+from selfnpo.training.without_effect import check_effect
 from selfnpo_kernels.dispatch import triton_failure
 
 
@@ -42,8 +43,9 @@ def check_supported(config: TrainConfig, source: Source, device: torch.device) -
     """Refuse what cannot work, before weights load.
 
     Raises:
-        UserError: settings that exclude each other, or that the model or this machine cannot do.
+        UserError: settings that exclude each other, that would change nothing, or that the model or this machine cannot do.
     """
+    check_effect(config, source)
     make_grid(source.scheduler, config.num_inference_steps)
     reason = capture_obstacle(config, device)
     if config.capture == "on" and reason:

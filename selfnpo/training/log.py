@@ -1,0 +1,68 @@
+"""What a run tells while it trains: log.jsonl, and where it is asked for TensorBoard or Weights & Biases, by the classes with
+which accelerate serves diffusers' own scripts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from selfnpo.config import TrainConfig
+from selfnpo.errors import UserError, first_line
+
+PROJECT = "selfnpo"  # of Weights & Biases
+
+
+class RunLog:
+    """Written to until `close`."""
+
+    def __init__(self, config: TrainConfig, output_dir: Path):
+        """Raises: UserError where nothing can be written to, or where Weights & Biases does not answer."""
+        self._tracker = _tracker(config, output_dir)
+        self._file = (output_dir / "log.jsonl").open("a")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Numbers of one step."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._tracker:
+            self._tracker.log({name: value for name, value in row.items() if value is not None}, step=row["step"])
+
+    def picture(self, path: Path, step: int) -> None:
+        """A sample grid; log.jsonl holds none."""
+        if self._tracker:
+            with Image.open(path) as image:
+                self._tracker.log_images({"samples": np.asarray(image.convert("RGB"))[None]}, step, **self._layout)
+
+    @property
+    def _layout(self) -> dict[str, str]:
+        return {"dataformats": "NHWC"} if self._tracker.name == "tensorboard" else {}
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tracker:
+            self._tracker.finish()
+            self._tracker = None
+
+
+def _tracker(config: TrainConfig, output_dir: Path) -> Any:
+    if config.report_to == "none":
+        return None
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+    if config.report_to == "tensorboard":
+        tracker = TensorBoardTracker("", output_dir / config.logging_dir)
+    else:
+        tracker = WandBTracker(PROJECT, name=output_dir.resolve().name, dir=str(output_dir))
+    tracker.main_process_only = False  # there is one process, and no need to set up a group of them
+    try:
+        tracker.start()
+    except OSError as error:
+        raise UserError(f"logging_dir {config.logging_dir} cannot be written: {error.strerror or error}") from error
+    except Exception as error:  # wandb raises kinds of its own
+        raise UserError(
+            f"report_to is {config.report_to}, which could not be started ({first_line(error)}); run wandb login, set "
+            "WANDB_MODE=offline, or leave --report_to out"
+        ) from error
+    return tracker
