@@ -143,7 +143,7 @@ class TrainConfig(SampleOptions, ModelOptions):
     logging_steps: int = 10
     """Steps between lines of log.jsonl."""
     report_to: Annotated[Literal["none", "tensorboard", "wandb"], arg(aliases=("--log_with",))] = "none"
-    """Also log numbers and sample grids to TensorBoard or Weights & Biases (pip install 'selfnpo[tensorboard]', or [wandb])."""
+    """Also log numbers and sample grids, to TensorBoard (pip install 'selfnpo[tensorboard]') or wandb ('selfnpo[wandb]')."""
     logging_dir: Path = Path("tensorboard")
     """TensorBoard's folder; a relative path lies in output_dir."""
     push_to_hub: bool = False

@@ -8,6 +8,6 @@ from selfnpo.models.pretrained import Conditions, PretrainedModel
 from selfnpo.models.source import FAMILIES, NOT_THE_DEMO, Source
 
 __all__ = [
-    "DEMO", "DEMO_FOLDER", "FAMILIES", "NOT_THE_DEMO", "Conditions", "Family", "ModelOptions", "PretrainedModel", "SampleOptions", "Source",
-    "load_negative", "load_pretrained",
+    "DEMO", "DEMO_FOLDER", "FAMILIES", "NOT_THE_DEMO", "Conditions", "Family", "ModelOptions", "PretrainedModel",
+    "SampleOptions", "Source", "load_negative", "load_pretrained",
 ]  # fmt: skip

@@ -1,5 +1,5 @@
-"""What a run tells while it trains: log.jsonl, and where it is asked for TensorBoard or Weights & Biases, by the classes with
-which accelerate serves diffusers' own scripts."""
+"""The log of a run: log.jsonl, and on request TensorBoard or Weights & Biases, through the trackers of accelerate that
+diffusers' own scripts use."""
 
 import json
 from pathlib import Path
@@ -15,10 +15,13 @@ PROJECT = "selfnpo"  # of Weights & Biases
 
 
 class RunLog:
-    """Written to until `close`."""
+    """Open until `close`."""
 
     def __init__(self, config: TrainConfig, output_dir: Path):
-        """Raises: UserError where nothing can be written to, or where Weights & Biases does not answer."""
+        """
+        Raises:
+            UserError: logging_dir cannot be written, or Weights & Biases cannot be reached.
+        """
         self._tracker = _tracker(config, output_dir)
         self._file = (output_dir / "log.jsonl").open("a")
 
