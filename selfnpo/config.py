@@ -285,13 +285,19 @@ def check(config: TrainConfig) -> TrainConfig:
         )
     if config.max_relative_delta is not None and not config.max_relative_delta > 0:
         raise UserError(f"max_relative_delta is {config.max_relative_delta}; expected a positive number, such as 0.05")
-    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+    if config.report_to != "none" and not _is_installed(config.report_to):
         raise UserError(
             f"report_to is {config.report_to}, which is not installed; run pip install 'selfnpo[{config.report_to}]'"
         )
-    if config.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+    if config.use_8bit_adam and not _is_installed("bitsandbytes"):
         raise UserError("use_8bit_adam needs the package bitsandbytes; run pip install 'selfnpo[bitsandbytes]'")
     return config
+
+
+def _is_installed(package: str) -> bool:
+    """A folder of that name, such as one of logs, is no package."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def to_yaml(config: TrainConfig) -> str:

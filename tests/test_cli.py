@@ -12,6 +12,7 @@ from matplotlib.image import imread
 
 from commands import QUICK, call
 from selfnpo import train
+from selfnpo.cli import parse
 from selfnpo.config import TrainConfig, parse_config
 from selfnpo.demo.evaluation import evaluate
 from selfnpo.models import DEMO_FOLDER
@@ -87,7 +88,7 @@ def test_flags_beat_the_file_and_the_file_beats_the_preset(tmp_path):
     ],
 )
 def test_names_of_other_scripts(alias, name, value):
-    assert getattr(parse_config([f"--{alias}", str(value)]), name) == value
+    assert getattr(parse(TrainConfig, [f"--{alias}", str(value)]), name) == value
 
 
 def test_the_demo_judges_its_negative_and_shows_it(tmp_path, monkeypatch, capsys):
@@ -95,8 +96,10 @@ def test_the_demo_judges_its_negative_and_shows_it(tmp_path, monkeypatch, capsys
         "selfnpo.demo.run_report.evaluate", lambda *args, num_samples, **kw: evaluate(*args, num_samples=200, **kw)
     )
     assert call("train", "--max_train_steps", 30, "--output_dir", tmp_path / "out") == 0
-    assert set(RESULTS) - {"tensorboard", "samples"} <= {path.name for path in (tmp_path / "out").iterdir()}
-    assert "w = 2" in capsys.readouterr().out
+    assert set(RESULTS) - {"tensorboard", "wandb", "samples"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    said = capsys.readouterr().out
+    assert said.startswith("no --pretrained_model_name_or_path given: training the embedded demo\n")
+    assert "w = 2" in said
     report = (tmp_path / "out" / "report.md").read_text()
     assert "recall" in report
     assert "30 steps of 128 samples" in report

@@ -99,7 +99,7 @@ BREAKAGES = {
     ),
     "unknown family": (
         lambda f: edit(f / "unet" / "config.json", _class_name="UNet3DConditionModel"),
-        "is of no family known",
+        "expected stable-diffusion (UNet2DConditionModel), stable-diffusion-2",
     ),
     "inpainting": (lambda f: edit(f / "unet" / "config.json", in_channels=9), "variant for inpainting"),
     "two kinds of condition": (
@@ -243,7 +243,7 @@ def test_prompt_files(models, refused, tmp_path, name, content, sentence):
 def test_prompts_for_a_model_that_takes_none(models, refused, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat")
     for family in ("unconditional", "class_conditional"):
-        refused(models(family), "model, which takes none; leave them out", "--prompts", tmp_path / "prompts.txt")
+        refused(models(family), "but the model takes no prompts; leave it out", "--prompts", tmp_path / "prompts.txt")
 
 
 def test_an_image_folder_without_images(models, refused, tmp_path):

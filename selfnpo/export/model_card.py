@@ -29,8 +29,9 @@ python -m selfnpo.sample {base} --negative {negative} \\
     {prompt}--guidance_scale {scale:g} --num_images 4
 ```
 
-{diffusers}{comfyui}`--beta` weakens it (theta + beta delta), `--positive` and `--alpha` combine it with a fine-tuned positive
-model (theta + alpha eta + beta delta), `--guidance_scale` is w + 1; it was shown with alpha = 1, beta = 1, w = {w:g}."""
+{diffusers}{comfyui}`--beta` weakens it (theta + beta delta), `--positive` and `--alpha` combine it with a fine-tuned
+positive model (theta + alpha eta + beta delta), `--guidance_scale` is w + 1; it was shown with alpha = 1, beta = 1,
+w = {w:g}."""
 
 _IN_DIFFUSERS = """\
 or in a pipeline of diffusers:

@@ -42,9 +42,10 @@ def strength_note(state: TrainState) -> str:
     if moved >= LITTLE:
         return ""
     return (
-        f"note: the weights moved by {100 * moved:.2g} %, which is little: on the demo a negative has 6 % of its effect on FD "
-        "at 0.04 % and 80 % at 2.8 %. For a stronger one raise --learning_rate or --max_train_steps; --max_relative_delta "
-        "0.03 ends a run that has moved far enough. Larger models may need less: compare the pictures first.\n"
+        f"note: the weights moved by {100 * moved:.2g} %, which is little: on the demo a negative has 6 % of its effect on "
+        "FD at 0.04 % and 80 % at 2.8 %. For a stronger one raise --learning_rate or --max_train_steps; "
+        "--max_relative_delta 0.03 ends a run that has moved far enough. Larger models may need less: compare the pictures "
+        "first.\n"
     )
 
 

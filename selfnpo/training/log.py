@@ -52,13 +52,14 @@ class RunLog:
 def _tracker(config: TrainConfig, output_dir: Path) -> Any:
     if config.report_to == "none":
         return None
+    from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
+    PartialState(cpu=True)  # without which a tracker refuses to work; of a group of processes there is none
     if config.report_to == "tensorboard":
         tracker = TensorBoardTracker("", output_dir / config.logging_dir)
     else:
         tracker = WandBTracker(PROJECT, name=output_dir.resolve().name, dir=str(output_dir))
-    tracker.main_process_only = False  # there is one process, and no need to set up a group of them
     try:
         tracker.start()
     except OSError as error:

@@ -55,7 +55,7 @@ def _reference(config: TrainConfig) -> str:
 
 def _loss(config: TrainConfig) -> str:
     kind = {"l2": "L2", "huber": f"pseudo-Huber, c {config.huber_c:g}"}[config.loss]
-    return f"{kind}, weighted as {config.loss_weighting}; {config.condition_dropout:.0%} of the conditions dropped"
+    return f"{kind}, weighted as {config.loss_weighting}; {100 * config.condition_dropout:g} % of the conditions dropped"
 
 
 def _optimizer(config: TrainConfig) -> str:
@@ -78,5 +78,5 @@ def _steps(config: TrainConfig) -> str:
     checkpointed = ", gradients checkpointed" if config.gradient_checkpointing or config.low_vram else ""
     until = ""
     if config.max_relative_delta is not None:
-        until = f", or until the weights have moved by {config.max_relative_delta:.3%}"
+        until = f", or until the weights have moved by {100 * config.max_relative_delta:g} %"
     return f"{config.max_train_steps:,} of {config.total_batch_size} samples{split} in {precision}{checkpointed}{until}"
