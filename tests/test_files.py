@@ -56,8 +56,6 @@ def test_all_that_the_commands_write(models, tmp_path, umask):
     found = modes(tmp_path)
     assert any("negative_kohya" in name for name in found)
     wrong = {
-        name: oct(mode)
-        for name, mode in found.items()
-        if mode != (0o777 if (tmp_path / name).is_dir() else 0o666) & ~umask
+        name: oct(mode) for name, mode in found.items() if mode != (0o777 if (tmp_path / name).is_dir() else 0o666) & ~umask
     }
     assert wrong == {}

@@ -7,6 +7,7 @@ from selfnpo.config import TrainConfig
 from selfnpo.errors import UserError, first_line
 from selfnpo.models import Source
 from selfnpo.schedule import make_grid
+from selfnpo.training.attention import check_xformers
 from selfnpo.training.without_effect import check_effect
 from selfnpo_kernels.dispatch import triton_failure
 
@@ -47,6 +48,8 @@ def check_supported(config: TrainConfig, source: Source, device: torch.device) -
     """
     check_effect(config, source)
     make_grid(source.scheduler, config.num_inference_steps)
+    if config.attention == "xformers":
+        check_xformers(source.family)
     reason = capture_obstacle(config, device)
     if config.capture == "on" and reason:
         raise UserError(f"capture is on, but {reason}; leave --capture out, or change that")

@@ -57,7 +57,10 @@ def test_images(models, tmp_path):
 
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     config = TrainConfig(
-        pretrained_model_name_or_path=str(models("stable_diffusion")), preset="released", rollout="data", train_data_dir=tmp_path
+        pretrained_model_name_or_path=str(models("stable_diffusion")),
+        preset="released",
+        rollout="data",
+        train_data_dir=tmp_path,
     )
     source = Source(config)
     assert "\non         1 image, with the empty prompt alone\n" in summary(config, source, read_data(config, source))

