@@ -30,7 +30,7 @@ def main(config: TrainConfig) -> int | None:
     check_supported(config, source, device)
     data = read_data(config, source)
     if source.is_demo:
-        print("no --pretrained_model_name_or_path given: training the embedded demo")
+        print("no model of your own is given (--pretrained_model_name_or_path): training the embedded demo")
     print(summary(config, source, data))
     needs = config, source, len(data.prompts), device
     plan = memory_plan(*needs)

@@ -103,7 +103,7 @@ def test_the_demo_judges_its_negative_and_shows_it(tmp_path, monkeypatch, capsys
     assert call("train", "--max_train_steps", 30, "--output_dir", tmp_path / "out") == 0
     assert set(RESULTS) - {"tensorboard", "wandb", "samples"} <= {path.name for path in (tmp_path / "out").iterdir()}
     said = capsys.readouterr().out
-    assert said.startswith("no --pretrained_model_name_or_path given: training the embedded demo\n")
+    assert said.startswith("no model of your own is given (--pretrained_model_name_or_path): training the embedded demo\n")
     assert "w = 2" in said
     report = (tmp_path / "out" / "report.md").read_text()
     assert "recall" in report
