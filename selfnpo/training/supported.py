@@ -48,8 +48,6 @@ def check_supported(config: TrainConfig, source: Source, device: torch.device) -
     """
     check_effect(config, source)
     make_grid(source.scheduler, config.num_inference_steps)
-    if config.attention == "xformers":
-        check_xformers(source.family)
     reason = capture_obstacle(config, device)
     if config.capture == "on" and reason:
         raise UserError(f"capture is on, but {reason}; leave --capture out, or change that")
@@ -61,6 +59,8 @@ def check_supported(config: TrainConfig, source: Source, device: torch.device) -
         }[config.tandem]
         raise UserError(f"tandem is {config.tandem}, which needs {needs}; expected auto or one of {', '.join(possible)}")
     if not config.compile:
+        if config.attention == "xformers":
+            check_xformers(source.family)
         return
     if config.low_vram:
         raise UserError("compile and low_vram are both on, but weights that come and go cannot be compiled; leave one out")

@@ -115,6 +115,21 @@ def test_what_has_an_effect_is_accepted(models, family, setting):
     assert refusal(models, family, **setting) == ""
 
 
+@pytest.mark.parametrize(
+    ("command", "flags", "sentence"),
+    [
+        ("sample", ("--num_frames", 5), "num_frames is 5, which stable-diffusion models do not have; leave it out"),
+        ("sample", ("--lora_scale", 0.5), "lora_scale is 0.5, but no LoRA is merged into the base"),
+        ("merge", ("--single_file_config", "x"), "single_file_config is x, but "),
+    ],
+)
+def test_options_of_models_in_other_commands(models, tmp_path, capsys, monkeypatch, command, flags, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert call(command, "--pretrained_model_name_or_path", models(SD), "--negative", models(SD), *flags) == 2
+    assert sentence in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_every_family_names_options_that_exist():
     names = {field.name for field in dataclasses.fields(SampleOptions)}
     assert all(set(family.sample_options) <= names for family in FAMILIES)
