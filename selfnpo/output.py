@@ -8,7 +8,17 @@ from pathlib import Path
 from selfnpo.errors import UserError
 
 # What a training run writes beside its checkpoints.
-RESULTS = ("negative", "config.yaml", "metrics.json", "log.jsonl", "comparison.png", "report.md", "samples", "tensorboard")
+RESULTS = (
+    "negative",
+    "config.yaml",
+    "metrics.json",
+    "log.jsonl",
+    "comparison.png",
+    "report.md",
+    "samples",
+    "tensorboard",
+    "wandb",
+)
 
 
 def check_output(folder: Path, overwrite: bool, resume: bool = False) -> None:

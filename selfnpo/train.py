@@ -13,13 +13,14 @@ from selfnpo.config import TrainConfig, parse_config
 from selfnpo.demo.run_report import demo_report
 from selfnpo.device import default_device
 from selfnpo.export.hub import create_repo, upload
-from selfnpo.export.negative import save_negative
-from selfnpo.export.run_cost import beside_steps, compute_cost, save_metrics
+from selfnpo.export.negative import add_picture, save_negative
+from selfnpo.export.run_cost import beside_steps, compute_cost, save_metrics, strength_note
 from selfnpo.inputs.data import load_base, read_data
 from selfnpo.models import Source
 from selfnpo.output import RESULTS, check_output, prepare_output
+from selfnpo.training.summary import summary
 from selfnpo.training.supported import check_supported
-from selfnpo.training.trainer import Trainer
+from selfnpo.training.trainer import Trainer, resume_command
 
 
 def main(config: TrainConfig) -> int | None:
@@ -28,14 +29,17 @@ def main(config: TrainConfig) -> int | None:
     source = Source(config)
     check_supported(config, source, device)
     data = read_data(config, source)
+    if source.is_demo:
+        print("no model of your own is given (--pretrained_model_name_or_path): training the embedded demo")
+    print(summary(config, source, data))
     needs = config, source, len(data.prompts), device
     plan = memory_plan(*needs)
     print(plan, shortage(plan, *needs), sep="\n", end="")
     trainer = None
     with advised(*needs, lambda: trainer.last_checkpoint() if trainer else "nothing was written"):
-        base = load_base(config, data)
         if config.push_to_hub:
             config = replace(config, hub_model_id=create_repo(config))
+        base = load_base(config, data)
         trainer = Trainer(config, base, config.output_dir, data=data)
         prepare_output(config.output_dir, RESULTS, config.overwrite, resume=config.resume_from_checkpoint is not None)
         status = trainer.run(wait=False)
@@ -49,7 +53,7 @@ def finish(trainer: Trainer, source: Source, status: str) -> int | None:
     compute = compute_cost(state, trainer.meter, count_flops(config, source))
     print(cost_lines(save_metrics(state, status, compute)))
     if status == "interrupted":
-        print(f"interrupted after step {state.step}; continue with --resume_from_checkpoint latest")
+        print(f"interrupted after step {state.step}; continue with\n  {resume_command(config)}")
         return 128 + signal.SIGINT
     trainer.step.release()
     negative = save_negative(state, status)
@@ -60,9 +64,10 @@ def finish(trainer: Trainer, source: Source, status: str) -> int | None:
     else:
         if picture := trainer.save_grid():
             print(f"plain samples beside negative-guided ones: {picture}")
+            add_picture(state, status, picture)
         trainer.writer.wait()
         save_metrics(state, status, compute)  # with what came after the last step
-    print(beside_steps(state))
+    print(beside_steps(state), strength_note(state), sep="\n", end="")
     print(f"all results: {config.output_dir}")
     if config.push_to_hub:
         print(f"uploaded: {upload(config.hub_model_id, negative)}")

@@ -18,7 +18,7 @@ from selfnpo.errors import UserError
 from selfnpo.models import ModelOptions, Source
 from selfnpo.models.lora.read import LORA_FILE
 
-SHORT = ("--max_train_steps", 2, "--train_batch_size", 1, "--pool_size", 1, "--num_inference_steps", 10)
+SHORT = ("--max_train_steps", 2, "--train_batch_size", 1, "--num_inference_steps", 10)
 
 
 def edit(path: Path, **changes) -> None:
@@ -32,7 +32,8 @@ def refused(tmp_path, capsys):
     def check(model, sentence, *flags):
         before = sorted(tmp_path.rglob("*"))
         output = ("--pretrained_model_name_or_path", model, "--output_dir", tmp_path / "out")
-        assert call("train", *SHORT, *output, *flags) == 2
+        short = (*SHORT, *(() if "released" in flags else ("--pool_size", 1)))
+        assert call("train", *short, *output, *flags) == 2
         error = capsys.readouterr().err
         last = error.strip().splitlines()[-1]
         assert last.startswith("error: ")
@@ -99,7 +100,7 @@ BREAKAGES = {
     ),
     "unknown family": (
         lambda f: edit(f / "unet" / "config.json", _class_name="UNet3DConditionModel"),
-        "is of no family known",
+        "expected stable-diffusion (UNet2DConditionModel), stable-diffusion-2",
     ),
     "inpainting": (lambda f: edit(f / "unet" / "config.json", in_channels=9), "variant for inpainting"),
     "two kinds of condition": (
@@ -202,7 +203,7 @@ def test_single_files(models, refused, tmp_path):
         ("class_conditional", ["--resolution", 128], "a DiT has positions for its own size alone"),
         ("stable_diffusion", ["--rank", 64], "rank is 64, larger than the layer"),
         ("stable_diffusion", ["--rank", 2, "--lora_target_modules", "to_x"], "lora_target_modules ['to_x'] fit no layers"),
-        ("stable_diffusion", ["--lora_alpha", -1], "lora_alpha is -1.0; expected a positive number"),
+        ("stable_diffusion", ["--rank", 2, "--lora_alpha", -1], "lora_alpha is -1.0; expected a positive number"),
         ("stable_diffusion", ["--prompts", "absent.txt"], "prompts absent.txt could not be read"),
         ("stable_diffusion", ["--preset", "released"], "but no images are given; pass --train_data_dir FOLDER"),
         ("stable_diffusion", ["--attention", "xformers"], "attention is xformers, which cannot run here"),
@@ -243,7 +244,7 @@ def test_prompt_files(models, refused, tmp_path, name, content, sentence):
 def test_prompts_for_a_model_that_takes_none(models, refused, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat")
     for family in ("unconditional", "class_conditional"):
-        refused(models(family), "model, which takes none; leave them out", "--prompts", tmp_path / "prompts.txt")
+        refused(models(family), "but the model takes no prompts; leave it out", "--prompts", tmp_path / "prompts.txt")
 
 
 def test_an_image_folder_without_images(models, refused, tmp_path):

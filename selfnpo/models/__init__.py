@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from selfnpo.models.family import Family
     from selfnpo.models.loading import load_negative, load_pretrained
     from selfnpo.models.pretrained import Conditions, PretrainedModel
-    from selfnpo.models.source import Source
+    from selfnpo.models.source import NOT_THE_DEMO, Source
     from selfnpo.options import DEMO, ModelOptions, SampleOptions
 
 _WHERE = {
@@ -21,13 +21,13 @@ _WHERE = {
     "selfnpo.models.family": ("Family",),
     "selfnpo.models.loading": ("load_negative", "load_pretrained"),
     "selfnpo.models.pretrained": ("Conditions", "PretrainedModel"),
-    "selfnpo.models.source": ("Source",),
+    "selfnpo.models.source": ("NOT_THE_DEMO", "Source"),
     "selfnpo.options": ("DEMO", "ModelOptions", "SampleOptions"),
 }
 
 __all__ = [
-    "DEMO", "DEMO_FOLDER", "FAMILIES", "Conditions", "Family", "ModelOptions", "PretrainedModel", "SampleOptions", "Source",
-    "load_negative", "load_pretrained",
+    "DEMO", "DEMO_FOLDER", "FAMILIES", "NOT_THE_DEMO", "Conditions", "Family", "ModelOptions", "PretrainedModel",
+    "SampleOptions", "Source", "load_negative", "load_pretrained",
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ its conditions are and where a LoRA goes; nothing else in the project knows a fa
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import diffusers
@@ -27,8 +28,12 @@ class Family(ABC):
     former_class_names: ClassVar[tuple[str, ...]] = ()  # of the denoiser, in configurations that were published long ago
     pipeline_name: ClassVar[str]  # of a class of diffusers; imported when it is needed, for it brings transformers along
     component: ClassVar[str]  # the denoiser's name in the pipeline
+    sample_options: ClassVar[tuple[str, ...]] = ("resolution", "height", "width")  # which of SampleOptions it reads
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     text_components: ClassVar[tuple[str, ...]] = ()  # of the pipeline, to encode prompts with; empty where none are taken
+    null_is_empty_prompt: ClassVar[bool] = (
+        True  # where prompts are taken, whether the null condition is always the prompt ""
+    )
     repeated_blocks: ClassVar[tuple[str, ...]] = ("ResnetBlock2D", "BasicTransformerBlock")  # classes, to compile by
     has_xformers: ClassVar[bool] = True  # whether its attention has an xformers form in diffusers
     guidance_scale: ClassVar[float] = 7.5  # w + 1 of pictures
@@ -36,6 +41,7 @@ class Family(ABC):
         ""  # `ss_base_model_version` of kohya's LoRA files; empty: ComfyUI knows no such LoRA
     )
     architecture: ClassVar[str]  # of https://github.com/Stability-AI/ModelSpec
+    pipeline_tag: ClassVar[str] = ""  # of https://huggingface.co/tasks; empty where none is right
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # what a preset changes for this family
 
     def matches(self, config: Config) -> bool:
@@ -49,6 +55,18 @@ class Family(ABC):
                 f"the denoiser takes {config['in_channels']} channels and returns {config['out_channels']}: it is a variant "
                 "for inpainting, editing or image-to-video; train on the text-to-image or text-to-video model it came from"
             )
+
+    def check_sample_options(self, options: SampleOptions) -> None:
+        """Raise a UserError for an option that models of this family do not have."""
+        for field in fields(SampleOptions):
+            value = getattr(options, field.name)
+            if value != field.default and field.name not in self.sample_options:
+                raise UserError(
+                    f"{field.name} is {value}, which {self.name} models do not have; leave it out (expected one of "
+                    f"{', '.join(self.sample_options)})"
+                )
+        if options.resolution and options.height and options.width:
+            raise UserError(f"resolution is {options.resolution}, but height and width are given too; leave resolution out")
 
     @abstractmethod
     def sample_shape(self, config: Config, scale: int, options: SampleOptions) -> tuple[int, ...]:

@@ -94,7 +94,7 @@ def _conditions(
     else:
         if tuple(prompts) != ("",):
             raise UserError(
-                f"prompts were given, but {source.layout} is a {family.name} model, which takes none; leave them out"
+                f"prompts were given, but {source.name} is a {family.name} model, which takes none; leave them out"
             )
         classes = family.classes(source.config)
         count = len(next(iter(classes.values()))) - 1 if classes else 1
@@ -149,7 +149,7 @@ def _encode(
     for name, shape in family.condition_shapes(source.config).items():
         if rows[name].shape[1:] != shape:
             got = list(rows[name].shape[1:])
-            raise UserError(f"the text encoder of {source.layout} gives {name} of {got}, the denoiser takes {list(shape)}")
+            raise UserError(f"the text encoder of {source.name} gives {name} of {got}, the denoiser takes {list(shape)}")
     return rows
 
 

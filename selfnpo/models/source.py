@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from selfnpo.models.origin import (
     weight_variants,
     why_not_loaded,
 )
-from selfnpo.options import DEMO, ModelOptions
+from selfnpo.options import DEMO, ModelOptions, SampleOptions
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 DENOISERS = (
     "CogVideoXTransformer3DModel", "DiTTransformer2DModel", "Transformer2DModel", "UNet2DConditionModel", "UNet2DModel",
 )  # fmt: skip
+ONLY_OWN = ("revision", "variant", "single_file_config", "lora_name_or_path")  # options that the demo has no use for
+NOT_THE_DEMO = "the model is the embedded demo; name yours in --pretrained_model_name_or_path, or leave it out"
 
 
 class Source:
@@ -59,15 +62,41 @@ class Source:
             if self.file is None or options.single_file_config is not None:
                 raise
             raise UserError(
-                f"{self.file} needs the configuration of {self.layout}, which could not be read; name a diffusers folder "
+                f"{self.file} needs the configuration of {self.name}, which could not be read; name a diffusers folder "
                 f"that has the like in --single_file_config ({error})"
             ) from error
         self.family = self._find_family()
         self.family.check(self.config)
+        self._check_options()
         if self.file is not None:
             from selfnpo.models.denoiser import check_single_file
 
             check_single_file(self.family.denoiser_class, self.file)
+
+    def _check_options(self) -> None:
+        """Refuse options that would change nothing of this model, or that the demo has no use for."""
+        options = self.options
+        sizes = isinstance(options, SampleOptions)
+        if self.is_demo:
+            for name in (*ONLY_OWN, *(field.name for field in fields(SampleOptions) if sizes)):
+                if (value := getattr(options, name)) != getattr(type(options), name):
+                    raise UserError(f"{name} is {value}, but {NOT_THE_DEMO}")
+        for name, acts, why in (
+            ("revision", not Path(self.layout).is_dir(), f"{self.name} is not on the hub"),
+            ("variant", self.file is None or options.denoiser_name_or_path, f"{self.file} is a single file"),
+            ("single_file_config", self.file, f"{self.name} is no single file"),
+            ("lora_scale", options.lora_name_or_path, "no LoRA is merged into the base (--lora_name_or_path)"),
+        ):
+            value = getattr(options, name)
+            if not acts and value != getattr(ModelOptions, name):
+                raise UserError(f"{name} is {value}, but {why}; leave it out")
+        if sizes:
+            self.family.check_sample_options(options)
+
+    @property
+    def name(self) -> str:
+        """What messages call it; of a single file, where its configuration is."""
+        return "the embedded demo" if self.is_demo else self.layout
 
     def _find_denoiser(self) -> tuple[str, str, Config]:
         """Name in the pipeline, folder and configuration of the denoiser."""
@@ -82,17 +111,14 @@ class Source:
                 if component in index:
                     return component, "", config
         raise UserError(
-            f"{self.layout} holds no unet/config.json and no transformer/config.json; expected a diffusers pipeline"
+            f"{self.name} holds no unet/config.json and no transformer/config.json; expected a diffusers pipeline"
             + (" (a UNet alone goes into --denoiser_name_or_path)" if config else "")
         )
 
     def _find_family(self) -> Family:
         class_name = self.config.get("_class_name")
         if class_name not in DENOISERS:
-            known = ", ".join(name for name in DENOISERS if name != "Transformer2DModel")  # an old name of one of them
-            raise UserError(
-                f"{self.layout} is built on {class_name}, which is of no family known here; expected one of {known}"
-            )
+            raise self._of_no_family(class_name)
         from selfnpo.models.families import FAMILIES
 
         for family in FAMILIES:
@@ -104,7 +130,15 @@ class Source:
                     name: each.default for name, each in parameters if each.default is not each.empty
                 } | self.config
                 return family
-        raise UserError(f"{self.layout} is a {class_name} of a kind that no family here knows; see docs/models.md")
+        raise self._of_no_family(class_name)
+
+    def _of_no_family(self, class_name: str) -> UserError:
+        known = ", ".join(name for name in DENOISERS if name != "Transformer2DModel")  # DiTTransformer2DModel's old name
+        return UserError(
+            f"{self.name} is built on {class_name}, which is of no family that can be trained here; expected {known}. "
+            "selfnpo.guide() takes more pipelines, with a negative from elsewhere: any fine-tune of the same architecture, "
+            "such as an earlier or a merged checkpoint"
+        )
 
     def _json(self, filename: str) -> dict[str, Any] | None:
         """A JSON file of the layout, or None where it has no such file."""
@@ -112,7 +146,7 @@ class Source:
         try:
             return None if path is None else json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"{filename} of {self.layout} could not be read: {first_line(error)}") from error
+            raise UserError(f"{filename} of {self.name} could not be read: {first_line(error)}") from error
 
     @cached_property
     def scheduler(self) -> SchedulerMixin:
@@ -126,13 +160,13 @@ class Source:
             scheduler_class = getattr(diffusers, str(config.get("_class_name")), None)
             if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
                 raise UserError(
-                    f"the scheduler of {self.layout} is {config.get('_class_name')}, which diffusers does not know"
+                    f"the scheduler of {self.name} is {config.get('_class_name')}, which diffusers does not know"
                 )
             if self.options.prediction_type is not None:
                 config["prediction_type"] = self.options.prediction_type
             return scheduler_class.from_config(config)
         raise UserError(
-            f"{self.layout} has no scheduler/scheduler_config.json; expected 'demo' or a complete diffusers pipeline"
+            f"{self.name} has no scheduler/scheduler_config.json; expected 'demo' or a complete diffusers pipeline"
         )
 
     @cached_property
@@ -140,7 +174,7 @@ class Source:
         """Pixels per latent in each direction; 1 for models in pixel space."""
         config = self._json("vae/config.json")
         if config is None and self._json("vqvae/config.json") is not None:
-            raise UserError(f"{self.layout} has a vqvae, which is not supported; expected a model on pixels or with a vae")
+            raise UserError(f"{self.name} has a vqvae, which is not supported; expected a model on pixels or with a vae")
         return 1 if config is None else 2 ** (len(config["block_out_channels"]) - 1)
 
     @property
@@ -152,7 +186,7 @@ class Source:
         is_here = self.file is None and (Path(self.layout).is_dir() or offline(self.options))
         if is_here and self.has_vae and not weight_variants(self.layout, "vae", self.options):
             why = why_not_loaded(self.layout, "vae", self.options, "DiffusionPipeline")
-            raise UserError(why or f"{self.layout} holds no weights of its vae; expected a complete pipeline")
+            raise UserError(why or f"{self.name} holds no weights of its vae; expected a complete pipeline")
 
     def vae(self) -> ModelMixin | None:
         """The autoencoder in float32, or None for models in pixel space."""
@@ -214,7 +248,7 @@ class Source:
         index = self._json("model_index.json") or {}
         for name in wanted:
             if index.get(name, (None, None))[0] is None:
-                raise UserError(f"{self.layout} has no {name} in its model_index.json; expected a complete {kind.__name__}")
+                raise UserError(f"{self.name} has no {name} in its model_index.json; expected a complete {kind.__name__}")
         try:
             if self.file is not None:
                 pipeline = kind.from_single_file(
@@ -223,13 +257,13 @@ class Source:
                 )  # fmt: skip
             else:
                 pipeline = kind.from_pretrained(
-                    self.layout, revision=options.revision, variant=options.variant, use_safetensors=True, **{dtype_name: dtype},
-                    local_files_only=options.local_files_only, scheduler=self.scheduler, **left_out,
+                    self.layout, revision=options.revision, variant=options.variant, use_safetensors=True,
+                    local_files_only=options.local_files_only, scheduler=self.scheduler, **{dtype_name: dtype}, **left_out,
                 )  # fmt: skip
         except Exception as error:  # as above
             parts = wanted if self.file is None else ()
             why = (why_not_loaded(self.layout, name, options, "DiffusionPipeline") for name in parts)
-            told = f"{', '.join(wanted)} of {self.layout} could not be loaded in safetensors: {reason(error)}"
+            told = f"{', '.join(wanted)} of {self.name} could not be loaded in safetensors: {reason(error)}"
             raise UserError(next(filter(None, why), told)) from error
         for name in wanted:
             if isinstance(part := getattr(pipeline, name), nn.Module):

@@ -30,6 +30,7 @@ class StableDiffusion(Family):
     text_components = ("tokenizer", "text_encoder")
     base_model_version = "sd_v1"
     architecture = "stable-diffusion-v1"
+    pipeline_tag = "text-to-image"
     presets: ClassVar = {"default": RELEASED}
 
     def matches(self, config: Config) -> bool:

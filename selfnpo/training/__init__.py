@@ -7,5 +7,6 @@ objective     from a rollout to the loss                   tandem     how refere
 checkpoint    checkpoints on disk                          joint      both in one forward pass
 snapshot      checkpoints beside the training              capture    a step as one CUDA graph
 validation    pictures on the way                          attention  the fastest attention backend of each layer
-supported     what settings and machine allow
+supported     what settings and machine allow              log        log.jsonl, TensorBoard, Weights & Biases
+summary       the lines with which a run begins            without_effect  settings that would change nothing
 """

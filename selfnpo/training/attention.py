@@ -3,8 +3,8 @@
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, wraps
 from statistics import median
@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from selfnpo.errors import UserError, first_line
-from selfnpo.models import PretrainedModel
+from selfnpo.models import Family, PretrainedModel
 
 CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
 EFFICIENT, MATH = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
@@ -112,14 +112,25 @@ def choose_attention(model: ModelMixin, run: Callable[[], object], backends: Seq
     return choices
 
 
-def use_xformers(base: PretrainedModel) -> None:
-    """xformers' attention in place of PyTorch's own."""
-    try:
-        if not base.family.has_xformers:
-            raise NotImplementedError(f"diffusers has none for the attention of {base.family.name} models")
+def check_xformers(family: Family) -> None:
+    """Raise a UserError, before weights load, where xformers is missing or has no attention for the family."""
+    with _xformers():
+        if not family.has_xformers:
+            raise NotImplementedError(f"diffusers has none for the attention of {family.name} models")
         import xformers.ops  # noqa: F401
 
+
+def use_xformers(base: PretrainedModel) -> None:
+    """xformers' attention in place of PyTorch's own."""
+    check_xformers(base.family)
+    with _xformers():
         base.denoiser.enable_xformers_memory_efficient_attention()
+
+
+@contextmanager
+def _xformers() -> Iterator[None]:
+    try:
+        yield
     except (ImportError, ValueError, RuntimeError, OSError) as error:
         raise UserError(
             f"attention is xformers, which cannot run here: {first_line(error)}; its wheel must be built for torch "

@@ -7,6 +7,8 @@ from selfnpo.config import TrainConfig
 from selfnpo.errors import UserError, first_line
 from selfnpo.models import Source
 from selfnpo.schedule import make_grid
+from selfnpo.training.attention import check_xformers
+from selfnpo.training.without_effect import check_effect
 from selfnpo_kernels.dispatch import triton_failure
 
 
@@ -42,8 +44,9 @@ def check_supported(config: TrainConfig, source: Source, device: torch.device) -
     """Refuse what cannot work, before weights load.
 
     Raises:
-        UserError: settings that exclude each other, or that the model or this machine cannot do.
+        UserError: settings that exclude each other, that would change nothing, or that the model or this machine cannot do.
     """
+    check_effect(config, source)
     make_grid(source.scheduler, config.num_inference_steps)
     reason = capture_obstacle(config, device)
     if config.capture == "on" and reason:
@@ -56,6 +59,8 @@ def check_supported(config: TrainConfig, source: Source, device: torch.device) -
         }[config.tandem]
         raise UserError(f"tandem is {config.tandem}, which needs {needs}; expected auto or one of {', '.join(possible)}")
     if not config.compile:
+        if config.attention == "xformers":
+            check_xformers(source.family)
         return
     if config.low_vram:
         raise UserError("compile and low_vram are both on, but weights that come and go cannot be compiled; leave one out")

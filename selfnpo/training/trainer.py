@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from selfnpo.cli import as_flags
 from selfnpo.config import TrainConfig, to_yaml
 from selfnpo.device import Meter
 from selfnpo.errors import UserError, first_line, is_out_of_memory
@@ -22,6 +24,7 @@ from selfnpo.models import PretrainedModel
 from selfnpo.output import list_checkpoints
 from selfnpo.schedule import make_grid
 from selfnpo.training.checkpoint import load_checkpoint, load_latest
+from selfnpo.training.log import RunLog
 from selfnpo.training.rollout import Rollout, make_rollout
 from selfnpo.training.snapshot import CheckpointWriter
 from selfnpo.training.state import TrainState
@@ -58,6 +61,7 @@ class Trainer:
             )
             self._truncate_log()
         self.writer = CheckpointWriter(self.state, output_dir) if output_dir else None
+        self.log: RunLog | None = None  # while the run writes
         self._saved_at, self._held_up = self.state.seconds, 0.0  # when the last checkpoint was taken, and for how long
 
     def train_step(self) -> tuple[Tensor, Tensor]:
@@ -81,12 +85,12 @@ class Trainer:
         losses: list[Tensor] = []
         if self.output_dir:
             write_text(self.output_dir / "config.yaml", to_yaml(config))
+            self.log = RunLog(config, self.output_dir)
         self.step.prepare()
         started, ending = time.perf_counter() - state.seconds, "completed"
         with (
             _interruptible() as interrupted,
             self.writer or nullcontext(),
-            _log_writer(config, self.output_dir) as log,
             tqdm(total=config.max_train_steps, initial=state.step, desc="train", unit="step", disable=None) as progress,
         ):
             while state.step < config.max_train_steps and ending == "completed":
@@ -100,7 +104,8 @@ class Trainer:
                     row = self._log_row(losses, grad_norm, started)
                     losses.clear()
                     with state.held_up_by("logging"):
-                        log(row)
+                        if self.log:
+                            self.log.write(row)
                         moved = f", moved={state.moved[1]:.2%}" if state.moved else ""
                         progress.set_postfix_str(f"loss={row['loss']:.4f}{moved}")
                     if config.max_relative_delta is not None and row["relative_delta"] >= config.max_relative_delta:
@@ -115,9 +120,17 @@ class Trainer:
                     pause = time.perf_counter()
                     self.save_grid()
                     started += time.perf_counter() - pause
-            if self.writer and (wait or ending == "interrupted"):
-                self.writer.wait()
+            if wait or ending == "interrupted":
+                self.close()
         return ending
+
+    def close(self) -> None:
+        """Wait for the last checkpoint, and end the log."""
+        if self.log:
+            self.log.close()
+            self.log = None
+        if self.writer:
+            self.writer.wait()
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -127,10 +140,10 @@ class Trainer:
             try:
                 yield
             except KeyboardInterrupt:
-                print(f"{self.last_checkpoint()}; --resume_from_checkpoint latest makes the results that are missing")
+                print(f"{self.last_checkpoint()}; make the results that are missing with\n  {resume_command(self.config)}")
                 raise
             finally:
-                self.writer.wait()
+                self.close()
 
     def _is_due(self, seconds: float) -> bool:
         """Whether a checkpoint is, after that many seconds of training."""
@@ -146,7 +159,10 @@ class Trainer:
         eager = torch.compiler.set_stance("force_eager")  # pictures have other shapes than training
         try:
             with self.state.held_up_by("pictures"), eager:
-                return save_grid(self.output_dir / "samples" / f"step-{self.state.step:06}.png", self.state)
+                picture = save_grid(self.output_dir / "samples" / f"step-{self.state.step:06}.png", self.state)
+                if self.log:
+                    self.log.picture(picture, self.state.step)
+                return picture
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -214,6 +230,18 @@ class Trainer:
             write_text(path, "".join(f"{line}\n" for line in lines))
 
 
+def resume_command(config: TrainConfig) -> str:
+    """The command line that goes on with a run from its last checkpoint."""
+    flags = {
+        "config": config.output_dir / "config.yaml",
+        "output_dir": config.output_dir,
+        "resume_from_checkpoint": "latest",
+    }
+    if config.push_to_hub:
+        flags |= {"push_to_hub": True} | ({"hub_model_id": config.hub_model_id} if config.hub_model_id else {})
+    return shlex.join(("python", "-m", "selfnpo.train", *as_flags(flags)))
+
+
 @contextmanager
 def _interruptible() -> Iterator:
     """Ctrl-C and SIGTERM ask the loop to stop after the current step; a second Ctrl-C stops at once."""
@@ -240,31 +268,3 @@ def _handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
-
-
-@contextmanager
-def _log_writer(config: TrainConfig, output_dir: Path | None) -> Iterator:
-    """Appends rows to log.jsonl and, if asked for, to TensorBoard."""
-    if output_dir is None:
-        yield lambda row: None
-        return
-    board = None
-    if config.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        try:
-            board = SummaryWriter(output_dir / config.logging_dir)
-        except OSError as error:
-            raise UserError(f"logging_dir {config.logging_dir} cannot be written: {error.strerror or error}") from error
-    with (output_dir / "log.jsonl").open("a") as file:
-
-        def write(row: dict[str, Any]) -> None:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            for name, value in row.items() if board else ():
-                if value is not None:
-                    board.add_scalar(name, value, row["step"])
-
-        yield write
-    if board:
-        board.close()

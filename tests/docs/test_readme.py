@@ -22,7 +22,7 @@ MODELS = {
 }
 # Small enough for tiny models; everything else is as in the README.
 SMALLER = {"--rank": "4", "--num_frames": "5", "--validation_steps": "2"}
-SHORT = ["--max_train_steps", "2", "--pool_size", "1", "--num_inference_steps", "10", "--train_batch_size", "2"]
+SHORT = ["--max_train_steps", "2", "--num_inference_steps", "10", "--train_batch_size", "2"]
 
 
 def on_tiny_models(models, arguments):
@@ -31,7 +31,8 @@ def on_tiny_models(models, arguments):
 
 def train(models, arguments):
     smaller = [SMALLER.get(before, each) for before, each in zip(["", *arguments], arguments, strict=False)]
-    assert call("train", *on_tiny_models(models, smaller), *SHORT) == 0
+    pool = [] if "released" in arguments else ["--pool_size", "1"]
+    assert call("train", *on_tiny_models(models, smaller), *SHORT, *pool) == 0
 
 
 @pytest.fixture(autouse=True)
@@ -48,12 +49,14 @@ def test_training(models, arguments, capsys):
     output = Path(arguments[arguments.index("--output_dir") + 1])
     names = {path.name for path in (output / "negative").iterdir()}
     if "--rank" not in arguments:
-        assert names == {"README.md", "config.json", "diffusion_pytorch_model.safetensors"}
+        assert names == {"README.md", "samples.png", "config.json", "diffusion_pytorch_model.safetensors"}
     else:
         kohya = set() if "CogVideoX" in " ".join(arguments) else {"negative_kohya.safetensors"}
-        assert names == {"README.md", "pytorch_lora_weights.safetensors"} | kohya
+        assert names == {"README.md", "samples.png", "pytorch_lora_weights.safetensors"} | kohya
     assert list((output / "samples").glob("step-*.png"))
-    assert capsys.readouterr().out.startswith("memory plan: ")
+    said = capsys.readouterr().out
+    assert said.startswith("model      ")
+    assert "\nmemory plan: " in said
     if "--denoiser_name_or_path" in arguments:  # the card knows what base that makes
         card = re.search(r"python -m selfnpo.sample (.*?)```", (output / "negative" / "README.md").read_text(), re.DOTALL)[1]
         assert f"--denoiser_name_or_path {models('stable_diffusion')} --negative {output / 'negative'}" in card
