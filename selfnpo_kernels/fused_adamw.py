@@ -47,7 +47,9 @@ def fused_adamw_(
     """Step every parameter in place. See `reference.fused_adamw_` for the formulas; they are those of `torch.optim.AdamW`.
 
     What changes from step to step may lie in device memory: a captured graph follows it there, and nothing synchronises. A
-    plain number is copied to the device by every call; a captured graph repeats the number that it was captured with. Clip by norm without a synchronisation through `grad_scale`:
+    plain number is copied to the device by every call; a captured graph repeats the number that it was captured with.
+
+    Clip by norm without a synchronisation through `grad_scale`:
 
         norm = torch.nn.utils.get_total_norm(grads)
         fused_adamw_(..., grad_scale=(max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -73,14 +75,9 @@ def fused_adamw_(
         _check_list(name, tensors)
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise ValueError(f"fused_adamw_ got betas = {betas!r}; expected two numbers, for example (0.9, 0.999)")
-    named = (
-        ("betas", betas[0]),
-        ("betas", betas[1]),
-        ("eps", eps),
-        ("weight_decay", weight_decay),
-        ("ema_decay", ema_decay),
-    )
-    settings = [number("fused_adamw_", name, value) for name, value in named]
+    settings = [number("fused_adamw_", "betas", beta) for beta in betas]
+    for name, value in (("eps", eps), ("weight_decay", weight_decay), ("ema_decay", ema_decay)):
+        settings.append(number("fused_adamw_", name, value))
     if not params:
         return
     _check(lists)
@@ -93,7 +90,7 @@ def fused_adamw_(
 
 
 def _check_list(name: str, tensors: list[Tensor]) -> None:
-    """Only the first tensor is looked at here: a model has hundreds, and `_check` finds the others where it compares them."""
+    """Looks only at the first tensor: a model has hundreds, and `_check` finds the others where it compares them."""
     if not isinstance(tensors, list | tuple):
         remedy = f"list({name})" if isinstance(tensors, Iterator) else f"[{name}]"
         raise ValueError(

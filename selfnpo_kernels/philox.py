@@ -70,8 +70,6 @@ def philox_uniform(seed: int | Tensor, step: int | Tensor, site: int, sample_ids
             f"philox_uniform got sample_ids {tuple(sample_ids.shape)} of {sample_ids.dtype}; expected [B] of torch.int64"
         )
     for name, value, bits in (("seed", seed, 64), ("step", step, 32)):
-        operands.counter(
-            "philox_uniform", name, value, bits, value.device if isinstance(value, Tensor) else sample_ids.device
-        )
+        operands.counter("philox_uniform", name, value, bits, getattr(value, "device", None))
     operands.integer("philox_uniform", "site", site, 32)
     return words(1, seed, step, site, sample_ids)[:, 0, 0].double() * 2.0**-32
