@@ -229,10 +229,10 @@ def test_settings_that_do_not_fit_the_model(models, refused, family, flags, sent
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("empty.txt", b" \n\n", "holds no prompt; expected one a line"),
+        ("empty.txt", b" \n\n", "has no prompts; expected one per line"),
         ("latin.txt", "ein Hund\nein Bär".encode("latin-1"), "line 2 of"),
         ("broken.jsonl", b'{"prompt": "a"}\n{"prompt"', "line 2 of"),
-        ("keys.jsonl", b'{"name": "a"}', "holds no text under prompt, text, caption"),
+        ("keys.jsonl", b'{"name": "a"}', "has no text under prompt, text, caption"),
     ],
 )
 def test_prompt_files(models, refused, tmp_path, name, content, sentence):
@@ -249,11 +249,11 @@ def test_prompts_for_a_model_that_takes_none(models, refused, tmp_path):
 def test_an_image_folder_without_images(models, refused, tmp_path):
     (tmp_path / "images").mkdir()
     released = ("--preset", "released", "--train_data_dir", tmp_path / "images")
-    refused(models("stable_diffusion"), "holds no images; expected files that end in .png", *released)
+    refused(models("stable_diffusion"), "has no images; expected files that end in .png", *released)
     (tmp_path / "images" / "a.png").write_bytes(b"no image")
     refused(models("stable_diffusion"), "a.png could not be read as an image", *released)
     refused(
-        models("stable_diffusion"), "take the images' captions; leave one of the two out", *released, "--prompts", "p.txt"
+        models("stable_diffusion"), "use the images' captions; leave out one of the two", *released, "--prompts", "p.txt"
     )
 
 
