@@ -206,7 +206,7 @@ def test_single_files(models, refused, tmp_path):
         ("stable_diffusion", ["--prompts", "absent.txt"], "prompts absent.txt could not be read"),
         ("stable_diffusion", ["--preset", "released"], "but no images are given; pass --train_data_dir FOLDER"),
         ("stable_diffusion", ["--attention", "xformers"], "attention is xformers, which cannot run here"),
-        ("cogvideox", ["--attention", "xformers"], "diffusers has none for the attention of cogvideox models"),
+        ("cogvideox", ["--attention", "xformers"], "diffusers does not support it for cogvideox models"),
         ("unconditional", ["--validation_prompt", "a cat"], "but the model is unconditional; leave it out"),
         ("class_conditional", ["--validation_prompt", "12"], "expected a class number from 0 to 9"),
         ("stable_diffusion", ["--denoiser_name_or_path", "nowhere"], "nowhere is no folder here"),
