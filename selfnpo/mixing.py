@@ -19,13 +19,13 @@ def mixed(theta: Tensor, negative: Tensor, positive: Tensor | None, alpha: float
 def mix_(
     negative: ModelMixin, base: ModelMixin, positive: ModelMixin | None = None, alpha: float = 1.0, beta: float = 1.0
 ) -> None:
-    """Give a negative model the strength that is wanted, in place, as Diffusion-NPO combines them.
+    """Set the strength of a negative model in place, combining weights as Diffusion-NPO does.
 
     Args:
-        negative: theta + delta, the result of the training; afterwards theta + alpha eta + beta delta.
+        negative: theta + delta, the result of training; becomes theta + alpha eta + beta delta.
         base: theta.
-        positive: theta + eta, a preference-optimised or otherwise fine-tuned model that shall be the positive one.
-        alpha: share of eta in [0, 1]; 1 keeps what positive and negative have in common, so that it cancels.
+        positive: theta + eta, a preference-optimised or otherwise fine-tuned model, used as the positive.
+        alpha: share of eta in [0, 1]; 1 keeps all that positive and negative have in common, so that it cancels.
         beta: share of delta in [0, 1].
     """
     theta = [*base.parameters()]

@@ -76,12 +76,12 @@ class MixOptions:
     """Allow alpha and beta outside [0, 1]."""
 
     def check_shares(self, betas: Sequence[float]) -> None:
-        """Raise a UserError for an alpha or betas that cannot be meant."""
+        """Raise a UserError if alpha or a beta makes no sense."""
         for name, value in (("alpha", self.alpha), *(("beta", beta) for beta in betas)):
             if not (math.isfinite(value) if self.force else 0 <= value <= 1):
                 hint = "a finite number" if self.force else "a value from 0 to 1, or any with --force"
                 raise UserError(f"{name} is {value}; expected {hint}")
         if self.alpha != 1 and self.positive is None:
             raise UserError(
-                f"alpha is {self.alpha}, a share of eta, but no positive is given; pass --positive or leave it out"
+                f"alpha is {self.alpha}, but it scales eta and no positive is given; pass --positive or leave --alpha out"
             )

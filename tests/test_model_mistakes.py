@@ -207,7 +207,7 @@ def test_single_files(models, refused, tmp_path):
         ("stable_diffusion", ["--prompts", "absent.txt"], "prompts absent.txt could not be read"),
         ("stable_diffusion", ["--preset", "released"], "but no images are given; pass --train_data_dir FOLDER"),
         ("stable_diffusion", ["--attention", "xformers"], "attention is xformers, which cannot run here"),
-        ("cogvideox", ["--attention", "xformers"], "diffusers has none for the attention of cogvideox models"),
+        ("cogvideox", ["--attention", "xformers"], "diffusers does not support it for cogvideox models"),
         ("unconditional", ["--validation_prompt", "a cat"], "but the model is unconditional; leave it out"),
         ("class_conditional", ["--validation_prompt", "12"], "expected a class number from 0 to 9"),
         ("stable_diffusion", ["--denoiser_name_or_path", "nowhere"], "nowhere is no folder here"),
@@ -230,10 +230,10 @@ def test_settings_that_do_not_fit_the_model(models, refused, family, flags, sent
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("empty.txt", b" \n\n", "holds no prompt; expected one a line"),
+        ("empty.txt", b" \n\n", "has no prompts; expected one per line"),
         ("latin.txt", "ein Hund\nein Bär".encode("latin-1"), "line 2 of"),
         ("broken.jsonl", b'{"prompt": "a"}\n{"prompt"', "line 2 of"),
-        ("keys.jsonl", b'{"name": "a"}', "holds no text under prompt, text, caption"),
+        ("keys.jsonl", b'{"name": "a"}', "has no text under prompt, text, caption"),
     ],
 )
 def test_prompt_files(models, refused, tmp_path, name, content, sentence):
@@ -250,11 +250,11 @@ def test_prompts_for_a_model_that_takes_none(models, refused, tmp_path):
 def test_an_image_folder_without_images(models, refused, tmp_path):
     (tmp_path / "images").mkdir()
     released = ("--preset", "released", "--train_data_dir", tmp_path / "images")
-    refused(models("stable_diffusion"), "holds no images; expected files that end in .png", *released)
+    refused(models("stable_diffusion"), "has no images; expected files that end in .png", *released)
     (tmp_path / "images" / "a.png").write_bytes(b"no image")
     refused(models("stable_diffusion"), "a.png could not be read as an image", *released)
     refused(
-        models("stable_diffusion"), "take the images' captions; leave one of the two out", *released, "--prompts", "p.txt"
+        models("stable_diffusion"), "use the images' captions; leave out one of the two", *released, "--prompts", "p.txt"
     )
 
 

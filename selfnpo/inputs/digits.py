@@ -1,8 +1,8 @@
 """Real handwritten digits: scikit-learn's 1,797 images of 8x8 pixels, in two stratified halves.
 
-One half trains the diffusion model, the other is held out: it trains the judges and is the reference set. Settings were
-chosen on the "development" split (train on half B, judge on half A); every reported figure comes from the "final" split
-(train on half A, judge on half B), whose judges no choice has ever seen.
+One half trains the diffusion model. The other is held out: it trains the judges and is the reference set. Settings were
+chosen on the "development" split (train on half B, judge on half A). Every reported figure comes from the "final" split
+(train on half A, judge on half B), whose judges were never used to choose a setting.
 """
 
 from dataclasses import dataclass

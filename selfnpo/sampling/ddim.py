@@ -11,15 +11,15 @@ from selfnpo_kernels import guided_step, philox_normal
 
 
 def start_noise(base: PretrainedModel, count: int, seed: int) -> Tensor:
-    """x_T of `count` samples, the same for every method that is compared: `[count, ...]`."""
+    """x_T of `count` samples, the same for all methods in a comparison: `[count, ...]`."""
     return philox_normal((count, *base.sample_shape), seed, 0, Site.SAMPLE_NOISE, base.move(torch.arange(count)))
 
 
 def plain_guidance(base: PretrainedModel, condition: Tensor, guidance_scale: float) -> tuple[float, str]:
-    """The guidance scale at which samples are what they are without a negative model, and their name.
+    """The guidance scale to sample with when there is no negative model, and a name for those samples.
 
-    Where every condition `[B]` is the null condition, as in unconditional models and for most empty prompts, guidance
-    cancels: what is left is the base itself, whatever the scale.
+    If every condition `[B]` is the null condition, as in unconditional models and for most empty prompts, guidance cancels:
+    the samples are those of the base itself at any scale.
     """
     index = condition.unique()
     rows, null = (base.conditions.select(each, base.device) for each in (index, torch.full_like(index, base.null_condition)))
@@ -39,12 +39,12 @@ def ddim_sample(
     num_inference_steps: int = 25,
     batch_size: int = 1000,
 ) -> Tensor:
-    """Deterministic DDIM samples `[B, ...]` from `noise` `[B, ...]` under `condition` `[B]`, which lies on the CPU.
+    """Deterministic DDIM samples `[B, ...]` from `noise` `[B, ...]` under `condition` `[B]`, a CPU tensor.
 
     Args:
         guidance_scale: w + 1; at 1 the negative model is not evaluated.
-        negative_model, positive_model: denoisers of the base's architecture; by default the base itself, which for the
-            negative means plain classifier-free guidance.
+        negative_model, positive_model: denoisers of the base's architecture; by default the base itself. With the base as
+            the negative this is plain guidance (CFG).
         batch_size: samples per forward pass.
     """
     positive, negative = positive_model or base.denoiser, negative_model or base.denoiser

@@ -31,12 +31,12 @@ from selfnpo.training.state import TrainState
 from selfnpo.training.step import TrainingStep
 from selfnpo.training.validation import save_grid
 
-DELTA_STEPS = 100  # between looks at how far full weights have moved, for which a GPU reads the whole base from the host
-REST = 50  # a checkpoint by minutes is put off until training has lasted this many times as long as the last one held it up
+DELTA_STEPS = 100  # steps between measurements of how far full weights have moved; each copies the base from host to GPU
+REST = 50  # a timed checkpoint waits until training has run this many times as long as the last one held it up
 
 
 class Trainer:
-    """One run. Without an `output_dir` nothing is written and nothing can be resumed."""
+    """One training run. Without an `output_dir` it writes nothing and cannot be resumed."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Trainer:
     ):
         self.config, self.base, self.output_dir = config, base, output_dir
         if base.device.type == "cuda":
-            torch.cuda.set_device(base.device)  # streams and graphs are made on the current GPU
+            torch.cuda.set_device(base.device)  # streams and graphs are created on the current GPU
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         grid = make_grid(base.scheduler, config.num_inference_steps)
         self.state = TrainState.start(config, base, rollout or make_rollout(config, base, grid, data))
@@ -62,10 +62,10 @@ class Trainer:
             self._truncate_log()
         self.writer = CheckpointWriter(self.state, output_dir) if output_dir else None
         self.log: RunLog | None = None  # while the run writes
-        self._saved_at, self._held_up = self.state.seconds, 0.0  # when the last checkpoint was taken, and for how long
+        self._saved_at, self._held_up = self.state.seconds, 0.0  # when the last checkpoint was taken, its delay
 
     def train_step(self) -> tuple[Tensor, Tensor]:
-        """One step of the whole recipe; (loss, gradient norm), not yet synchronised with the host."""
+        """One complete step. Returns (loss, gradient norm) without waiting for the device."""
         state = self.state
         loss, grad_norm = self.step()
         state.lr_scheduler.step()
@@ -75,11 +75,11 @@ class Trainer:
         return loss, grad_norm
 
     def run(self, wait: bool = True) -> str:
-        """Train to the end. Returns why it ended: completed, strength reached or interrupted.
+        """Train to the end. Returns why training ended: completed, strength reached or interrupted.
 
         Args:
-            wait: for the last checkpoint of a run that was not interrupted; else `closing` does, and until then nothing may
-                change the state.
+            wait: whether to wait for the last checkpoint. If False, and the run is not interrupted, `closing` waits for it,
+                and nothing may change the state until then.
         """
         config, state = self.config, self.state
         losses: list[Tensor] = []
@@ -134,29 +134,28 @@ class Trainer:
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """For what is done with the results of `run(wait=False)`: whatever happens there, SIGTERM included, the last
-        checkpoint is waited for."""
+        """A context for work after `run(wait=False)`. On leaving it, even by SIGTERM, it waits for the last checkpoint."""
         with _handled(signal.default_int_handler):
             try:
                 yield
             except KeyboardInterrupt:
-                print(f"{self.last_checkpoint()}; make the results that are missing with\n  {resume_command(self.config)}")
+                print(f"{self.last_checkpoint()}; write the missing results with\n  {resume_command(self.config)}")
                 raise
             finally:
                 self.close()
 
     def _is_due(self, seconds: float) -> bool:
-        """Whether a checkpoint is, after that many seconds of training."""
+        """Whether it is time for a checkpoint, after `seconds` of training."""
         if self.config.checkpointing_steps:
             return self.state.step % self.config.checkpointing_steps == 0
         return seconds - self._saved_at >= max(60 * self.config.checkpointing_minutes, REST * self._held_up)
 
     def save_grid(self) -> Path | None:
-        """A picture of plain samples beside those guided by the student, in output_dir/samples; None where there is no
-        folder, or no memory, which loses a picture and not a run."""
+        """Write plain samples next to samples guided by the student into output_dir/samples. Returns None without an
+        output_dir, or when memory runs out: that costs the picture but not the run."""
         if not self.output_dir:
             return None
-        eager = torch.compiler.set_stance("force_eager")  # pictures have other shapes than training
+        eager = torch.compiler.set_stance("force_eager")  # pictures and training use different shapes
         try:
             with self.state.held_up_by("pictures"), eager:
                 picture = save_grid(self.output_dir / "samples" / f"step-{self.state.step:06}.png", self.state)
@@ -167,8 +166,8 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
             tqdm.write(
-                f"warning: no picture of step {self.state.step}, out of memory ({first_line(error)}); fewer at once need "
-                "less, --num_validation_images 1, or python -m selfnpo.sample with --batch_size 1 once the run is done"
+                f"warning: no picture of step {self.state.step}, out of memory ({first_line(error)}); pass "
+                "--num_validation_images 1, or run python -m selfnpo.sample with --batch_size 1 after training"
             )
             return None
 
@@ -189,7 +188,7 @@ class Trainer:
                 "samples_per_second": state.step * self.config.total_batch_size / state.seconds,
             }
         if state.scaler.is_enabled() and not math.isfinite(row["grad_norm"]):
-            row["grad_norm"] = None  # the step was left out, and the scale of the loss lowered
+            row["grad_norm"] = None  # the step was skipped and the loss scale lowered
         if not all(row[name] is None or math.isfinite(row[name]) for name in ("loss", "grad_norm", "relative_delta")):
             raise UserError(
                 f"training diverged by step {state.step} (loss {row['loss']}, gradient norm {row['grad_norm']}); lower "
@@ -198,23 +197,23 @@ class Trainer:
         return row
 
     def _looks_at_delta(self) -> bool:
-        """Whether this row of the log tells how far the weights have moved."""
+        """Whether this log row includes how far the weights have moved."""
         config, step = self.config, self.state.step
         if config.rank or config.max_relative_delta is not None or step == config.max_train_steps:
             return True
-        return step % DELTA_STEPS < config.logging_steps  # the first row of another hundred
+        return step % DELTA_STEPS < config.logging_steps  # the first row after every DELTA_STEPS steps
 
     def last_checkpoint(self) -> str:
-        """What is left of a run that ends here, in words."""
+        """A sentence that names the last checkpoint, for a run that ends here."""
         if not self.writer:
-            return "no checkpoint was taken before"
+            return "no checkpoint was saved"
         failure = ""
         try:
             self.writer.wait()
         except UserError as error:
             failure = f"; {error}"
         found = list_checkpoints(self.output_dir)
-        return (f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was taken before") + failure
+        return (f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was saved") + failure
 
     def _checkpoint(self, final: bool = False) -> None:
         if self.writer:
@@ -244,7 +243,7 @@ def resume_command(config: TrainConfig) -> str:
 
 @contextmanager
 def _interruptible() -> Iterator:
-    """Ctrl-C and SIGTERM ask the loop to stop after the current step; a second Ctrl-C stops at once."""
+    """Ctrl-C or SIGTERM stops the loop after the current step. A second one stops at once."""
     received: list[int] = []
 
     def handler(number: int, frame: Any) -> None:
@@ -261,7 +260,7 @@ def _handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Ctrl-C and SIGTERM call `handler`."""
     try:
         previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: signals are someone else's
+    except ValueError:  # not the main thread, so signals cannot be handled here
         previous = {}
     try:
         yield

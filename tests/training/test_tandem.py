@@ -136,7 +136,7 @@ def test_measuring_leaves_no_trace_and_a_resumed_run_keeps_its_strategy(models, 
     ("changes", "reason"),
     [
         ({}, ""),
-        ({"rollout": "data"}, "rollout is data, whose batches change their size"),
+        ({"rollout": "data"}, "rollout is data, whose batches vary in size"),
         ({"low_vram": True}, "low_vram keeps weights or prompts on the host"),
         ({"use_8bit_adam": True}, "use_8bit_adam counts its steps on the host"),
         ({"mixed_precision": "fp16"}, "mixed_precision is fp16"),

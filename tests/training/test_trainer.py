@@ -100,7 +100,7 @@ def test_another_run_cannot_resume_a_checkpoint(demo, tmp_path, change, message)
 
 
 def test_nothing_to_resume(demo, tmp_path):
-    with pytest.raises(UserError, match="holds no intact checkpoint; start without"):
+    with pytest.raises(UserError, match="has no intact checkpoint; start without"):
         Trainer(replace(SHORT, resume_from_checkpoint="latest"), demo, tmp_path)
 
 
