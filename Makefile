@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 RUNS ?= runs
 NATIVE = $(wildcard csrc/*.* csrc/*/*.* tests/kernels/*.cu tests/kernels/cuda_on_cpu/*)
 
-.PHONY: demo test soak compat evaluate bench budget-run readme-tables lint format env clean
+.PHONY: demo test soak compat evaluate bench budget-run pages lint format env clean
 
 demo: $(VENV)/installed  ## train a negative model for the embedded demo, show and judge what it does
 	$(BIN)/python -m selfnpo.train --output_dir $(RUNS)/demo --overwrite
@@ -32,8 +32,8 @@ bench: test  ## speed is never reported on a red test
 budget-run: $(VENV)/installed  ## the paper's 1,000 x 20 steps with random weights: hours and energy
 	$(BIN)/python -m benchmarks.budget_run
 
-readme-tables: $(VENV)/installed  ## the README's tables, from the newest results files
-	$(BIN)/python -m benchmarks.readme
+pages: $(VENV)/installed  ## write the tables and pictures of README and docs anew, from the newest results
+	$(BIN)/python -m benchmarks.pages
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
