@@ -9,7 +9,7 @@ What is generated stands between two comments, of which the first says what it s
     ...
     <!-- end -->
 
-`columns` selects columns besides those that name rows (default: all); `rows` keeps rows with this text in one of their names.
+`columns` selects columns besides those that name rows (default: all); `rows` keeps rows that have this text in a name.
 The newest file under version control of every device is shown, GPUs first.
 """
 
@@ -27,7 +27,7 @@ from selfnpo.demo.report import difference_table
 from selfnpo.files import write_text
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "diffusers.md", "kernels.md", "evaluation/README.md"))]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "kernels.md", "evaluation/README.md"))]
 EVALUATION = ROOT / "docs" / "evaluation" / "evaluation.json"
 BLOCK = re.compile(r"(<!-- (table|picture|reports|evaluation)(?: ([^\n]*?))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
