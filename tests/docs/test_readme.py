@@ -99,7 +99,5 @@ def test_links_lead_somewhere():
             assert target.exists(), f"{page}: {link}"
             if anchor:
                 titles = [line for line in target.read_text().splitlines() if line[:1] == "#"]
-                titles = [
-                    re.sub(r"[^\w\- ]", "", line).strip().lower().replace(" ", "-") for line in lines if line[:1] == "#"
-                ]
+                anchors = [re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles]
                 assert anchor in anchors, f"{page}: {link}"
