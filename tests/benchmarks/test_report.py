@@ -7,8 +7,10 @@ import re
 import pytest
 
 from benchmarks import compare, pages, report, results
-from benchmarks.plots import PLOTS
+from benchmarks.plots import PLOTS, records
 from benchmarks.tables import COUNTED, MEASURED, PREDICTED, PUBLISHED, TABLES, to_markdown
+from selfnpo.demo.evaluation import CFG, SELF_NPO
+from selfnpo.demo.evaluation import load as load_evaluation
 from selfnpo.errors import UserError
 
 COMMITTED = pages.tracked()
@@ -136,6 +138,16 @@ def test_pages_are_made_of_the_newest_results(page):
 def test_the_readme_shows_one_ladder_and_one_roofline_and_no_table_of_numbers():
     shown = [f"{kind} {what}" for _, kind, what, _, _ in pages.BLOCK.findall(pages.PAGES[0].read_text())]
     assert shown == ["picture ladder", "picture ops"]
+
+
+def test_figures_in_the_readmes_sentences_are_those_of_the_results():
+    text = " ".join(pages.PAGES[0].read_text().split())
+    evaluation = load_evaluation(pages.EVALUATION)
+    ours, plain = (evaluation.estimate(arm, 2.0, "fd").mean for arm in (SELF_NPO, CFG))
+    assert f"{ours:.1f} instead of {plain:.1f} at `guidance_scale=2`" in text
+    (on_a_cpu,) = (path for path in pages.files() if results.load(path)["environment"]["gpu"] == "none")
+    *_, last = records(results.load(on_a_cpu), "ladder")
+    assert f"is {last['speed, x']:.1f} times as fast" in text
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=str)
