@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 RUNS ?= runs
 NATIVE = $(wildcard csrc/*.* csrc/*/*.* tests/kernels/*.cu tests/kernels/cuda_on_cpu/*)
 
-.PHONY: help demo test soak compat evaluate bench budget-run readme-tables wheel lint types format env clean
+.PHONY: help demo test soak compat evaluate bench budget-run pages wheel lint types format env clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -28,7 +28,7 @@ soak: $(VENV)/installed  ## the slow checks: variants, and many kills in a row
 compat: $(VENV)/installed  ## kernel and step tests under the oldest and the newest torch and Triton (20 GB of disk)
 	$(BIN)/python tests/compat.py $(ROWS)
 
-evaluate: $(VENV)/installed  ## the README's table: every baseline, fresh rollouts, six fine-tunes of each
+evaluate: $(VENV)/installed  ## docs/evaluation: every baseline, fresh rollouts, six fine-tunes of each
 	$(BIN)/python -m selfnpo.evaluate --arms self-npo fresh random early shuffled --output_dir $(RUNS)/evaluation --overwrite
 
 bench: test  ## what the kernels and steps cost, after the tests: speed is never reported on a red test
@@ -37,8 +37,8 @@ bench: test  ## what the kernels and steps cost, after the tests: speed is never
 budget-run: $(VENV)/installed  ## the paper's 1,000 x 20 steps with random weights: hours and energy
 	$(BIN)/python -m benchmarks.budget_run
 
-readme-tables: $(VENV)/installed  ## the README's tables, from the newest results files
-	$(BIN)/python -m benchmarks.readme
+pages: $(VENV)/installed  ## the tables and pictures of README and docs, from the newest results
+	$(BIN)/python -m benchmarks.pages
 
 wheel: $(WHEELS)/installed  ## sdist and manylinux wheel in dist/, with the extension: PYTHON=python3.12 chooses for which Python
 	rm -rf $(WHEELS)/dist
