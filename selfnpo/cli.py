@@ -3,9 +3,11 @@
 import contextlib
 import difflib
 import io
+import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, get_type_hints
 
@@ -100,6 +102,7 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a command and exit with its code: 2 for a user's mistake, 130 when interrupted, never a traceback for either."""
+    _only_our_own_lines()
     try:
         code = main() or 0
     except UserError as error:
@@ -109,3 +112,21 @@ def run(main: Callable[[], int | None]) -> None:
         print("interrupted; nothing further was written", file=sys.stderr)
         code = 128 + signal.SIGINT
     sys.exit(code)
+
+
+def _only_our_own_lines() -> None:
+    """Lines appear when they are written, warnings are sentences, and libraries do not advertise other packages.
+
+    Whoever wants to hear the libraries sets their variables, such as DIFFUSERS_VERBOSITY=info.
+    """
+    sys.stdout.reconfigure(line_buffering=True)  # also into a file
+    for name, value in (
+        ("DIFFUSERS_VERBOSITY", "error"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
+        os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # misses a package that is not used here
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.simplefilter("ignore", category)

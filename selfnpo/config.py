@@ -6,7 +6,7 @@ by their names in kohya's scripts and in the authors' released code too.
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -197,9 +197,16 @@ _FREE_ON_RESUME = _INVOCATION | {
 }  # fmt: skip
 
 
-def parse_config(args: Sequence[str] | None = None) -> TrainConfig:
-    """The settings of a command line: preset, then --config file, then flags. Opens the model's configuration, on which the
-    values of a preset depend."""
+def parse_config(
+    args: Sequence[str] | None = None, check_early: Callable[[TrainConfig], object] = lambda config: None
+) -> TrainConfig:
+    """The settings of a command line: preset, then --config file, then flags.
+
+    The values of a preset depend on the model, whose configuration is opened for that.
+
+    Args:
+        check_early: called with the user's own settings before that, for opening a model imports diffusers, which is slow.
+    """
     given = parse(TrainConfig, args)
     from_file = [] if given.config is None else as_flags(_read(given.config))  # so that both are checked alike
     try:
@@ -207,8 +214,8 @@ def parse_config(args: Sequence[str] | None = None) -> TrainConfig:
     except UserError as error:
         raise UserError(f"in config {given.config}: {error}") from error
     named = parse(TrainConfig, args, default=in_file)
-    check(parse(TrainConfig, args, default=parse(TrainConfig, from_file, default=preset_config(named.preset))))
-    family = Source(named).family  # slow, for it imports diffusers; so most mistakes are told before
+    check_early(check(parse(TrainConfig, args, default=parse(TrainConfig, from_file, default=preset_config(named.preset)))))
+    family = Source(named).family
     defaults = parse(TrainConfig, from_file, default=preset_config(named.preset, family.presets, named.rank > 0))
     return check(parse(TrainConfig, args, default=replace(defaults, preset=named.preset)))
 

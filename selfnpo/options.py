@@ -12,6 +12,7 @@ from selfnpo.errors import UserError
 
 DEMO = "demo"  # in the place of a model: the class-conditional DiT on 8x8 digits that is shipped with the package
 Precision = Literal["auto", "no", "fp16", "bf16"]
+Split = Literal["final", "development"]  # of the digits, see selfnpo/inputs/digits.py
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,33 @@
 """python -m selfnpo.train: a negative model from a diffusion model's own truncated rollouts."""
 
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import torch
-
-from selfnpo.budget.advice import advised, shortage
-from selfnpo.budget.cost import cost_lines, count_flops
-from selfnpo.budget.memory import memory_plan
 from selfnpo.cli import run
 from selfnpo.config import TrainConfig, parse_config
-from selfnpo.demo.run_report import demo_report
-from selfnpo.device import default_device
-from selfnpo.export.hub import create_repo, upload
-from selfnpo.export.negative import add_picture, save_negative
-from selfnpo.export.run_cost import beside_steps, compute_cost, save_metrics, strength_note
-from selfnpo.inputs.data import load_base, read_data
+from selfnpo.inputs.folder import read_folder
+from selfnpo.inputs.prompts import read_prompts
 from selfnpo.models import Source
 from selfnpo.output import RESULTS, check_output, prepare_output
-from selfnpo.training.summary import summary
-from selfnpo.training.supported import check_supported
-from selfnpo.training.trainer import Trainer, resume_command
+
+if TYPE_CHECKING:
+    from selfnpo.training.trainer import Trainer
 
 
 def main(config: TrainConfig) -> int | None:
-    device = default_device()
-    check_output(config.output_dir, config.overwrite, resume=config.resume_from_checkpoint is not None)
-    source = Source(config)
+    from selfnpo.budget.advice import advised, shortage
+    from selfnpo.budget.memory import memory_plan
+    from selfnpo.device import default_device, resolve
+    from selfnpo.export.hub import create_repo
+    from selfnpo.inputs.data import load_base, read_data
+    from selfnpo.training.summary import summary
+    from selfnpo.training.supported import check_supported
+    from selfnpo.training.trainer import Trainer
+
+    config = replace(config, mixed_precision=resolve(config.mixed_precision))
+    device, source = default_device(), Source(config)
     check_supported(config, source, device)
     data = read_data(config, source)
     if source.is_demo:
@@ -41,14 +42,23 @@ def main(config: TrainConfig) -> int | None:
             config = replace(config, hub_model_id=create_repo(config))
         base = load_base(config, data)
         trainer = Trainer(config, base, config.output_dir, data=data)
-        prepare_output(config.output_dir, RESULTS, config.overwrite, resume=config.resume_from_checkpoint is not None)
+        prepare_output(config.output_dir, RESULTS, config.overwrite, config.resume_from_checkpoint)
         status = trainer.run(wait=False)
         with trainer.closing():
             return finish(trainer, source, status)
 
 
-def finish(trainer: Trainer, source: Source, status: str) -> int | None:
+def finish(trainer: "Trainer", source: Source, status: str) -> int | None:
     """Write the results and say where they are; returns the exit code."""
+    import torch
+
+    from selfnpo.budget.cost import cost_lines, count_flops
+    from selfnpo.demo.run_report import demo_report
+    from selfnpo.export.hub import upload
+    from selfnpo.export.negative import add_picture, save_negative
+    from selfnpo.export.run_cost import beside_steps, compute_cost, save_metrics, strength_note
+    from selfnpo.training.trainer import resume_command
+
     state, config = trainer.state, trainer.config
     compute = compute_cost(state, trainer.meter, count_flops(config, source))
     print(cost_lines(save_metrics(state, status, compute)))
@@ -73,5 +83,18 @@ def finish(trainer: Trainer, source: Source, status: str) -> int | None:
         print(f"uploaded: {upload(config.hub_model_id, negative)}")
 
 
+def check_early(config: TrainConfig) -> None:
+    """What needs neither the model nor PyTorch: the folder to write to, and the files to read."""
+    check_output(config.output_dir, config.overwrite, config.resume_from_checkpoint)
+    if config.train_data_dir is not None:
+        read_folder(config.train_data_dir)
+    elif config.prompt_dataset is None:
+        read_prompts(config.prompts)
+
+
+def command(args: Sequence[str] | None = None) -> int | None:
+    return main(parse_config(args, check_early))
+
+
 if __name__ == "__main__":
-    run(lambda: main(parse_config()))
+    run(command)

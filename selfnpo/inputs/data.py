@@ -9,7 +9,8 @@ from torch import Tensor
 from selfnpo.config import TrainConfig
 from selfnpo.device import dtype_of
 from selfnpo.errors import UserError
-from selfnpo.inputs.images import encode_images, read_folder
+from selfnpo.inputs.folder import read_folder
+from selfnpo.inputs.images import encode_images
 from selfnpo.inputs.prompts import read_prompts
 from selfnpo.models import PretrainedModel, Source, load_pretrained
 

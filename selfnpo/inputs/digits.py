@@ -6,14 +6,13 @@ chosen on the "development" split (train on half B, judge on half A). Every repo
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-Split = Literal["final", "development"]
+from selfnpo.options import Split
 
 
 @dataclass(frozen=True)

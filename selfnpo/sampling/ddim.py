@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from selfnpo.models import PretrainedModel
+from selfnpo.output import progress
 from selfnpo.randomness import Site
 from selfnpo.schedule import make_grid, step_rows
 from selfnpo_kernels import guided_step, philox_normal
@@ -53,7 +53,7 @@ def ddim_sample(
     finished = []
     for sample, asked in zip(noise.split(batch_size), condition.split(batch_size), strict=True):
         null = torch.full_like(asked, base.null_condition)
-        steps = tqdm(zip(timesteps, rows, strict=True), desc="sample", total=len(rows), leave=False, disable=None)
+        steps = progress(zip(timesteps, rows, strict=True), desc="sample", total=len(rows), unit="step", leave=False)
         for timestep, row in steps:
             t = timestep.expand(len(sample))
             cond = base.predict(positive, sample, t, asked)

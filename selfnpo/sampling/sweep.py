@@ -5,10 +5,10 @@ from copy import deepcopy
 
 from diffusers import ModelMixin
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from selfnpo.mixing import mix_
 from selfnpo.models import PretrainedModel
+from selfnpo.output import progress
 from selfnpo.sampling.ddim import ddim_sample, plain_guidance
 
 
@@ -37,13 +37,13 @@ def sweep(
     """
     plain_scales = [plain_guidance(base, condition, scale)[0] for scale in guidance_scales]
     total = len(guidance_scales) * len(betas) + len(set(plain_scales))
-    progress = tqdm(total=total, desc="compare", leave=False, disable=None)
+    bar = progress(total=total, desc="compare", unit="grid", leave=False)
     keep = deepcopy if len(betas) > 1 else lambda model: model
 
     def sample(guidance_scale: float, negative: nn.Module) -> Tensor:
         options = guidance_scale, negative, positive, num_inference_steps, batch_size
         samples = ddim_sample(base, noise, condition, *options)
-        progress.update()
+        bar.update()
         return samples
 
     found, positive = {}, None
@@ -54,5 +54,5 @@ def sweep(
         positive = positive or nn.Module.to(keep(tuned or base.denoiser), base.device, base.dtype)
         found |= {(scale, beta): sample(scale, negative) for scale in guidance_scales}
     plain = {scale: sample(scale, positive) for scale in dict.fromkeys(plain_scales)}
-    progress.close()
+    bar.close()
     return found | {(scale, None): plain[at] for scale, at in zip(guidance_scales, plain_scales, strict=True)}

@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from selfnpo.config import TrainConfig
 from selfnpo.inputs.data import TrainData, encode_data
 from selfnpo.models import PretrainedModel
+from selfnpo.output import progress
 from selfnpo.randomness import Site, draw_index
 from selfnpo.schedule import Grid, step_rows
 from selfnpo_kernels import forward_jump, guided_step, philox_normal
@@ -183,7 +183,7 @@ class TrajectoryPool(Rollout):
     def fill(self, denoiser: nn.Module) -> int:
         evaluations = 0
         batches = zip(self.tensors["sample"], self.slots.cpu(), self.first_position.cpu(), strict=True)
-        for sample, ids, position in tqdm(batches, desc="fill pool", total=self.pool_size, leave=False, disable=None):
+        for sample, ids, position in progress(batches, desc="fill pool", total=self.pool_size, unit="batch", leave=False):
             noise = draw_noise(self.reference, self.seed, 0, ids)
             condition = draw_condition(self.reference, self.seed, 0, ids)
             rolled = self.reference.roll(denoiser, noise, torch.zeros_like(position), position, condition)

@@ -21,7 +21,7 @@ from selfnpo.errors import UserError, first_line, is_out_of_memory
 from selfnpo.files import write_text
 from selfnpo.inputs.data import TrainData
 from selfnpo.models import PretrainedModel
-from selfnpo.output import list_checkpoints
+from selfnpo.output import list_checkpoints, progress
 from selfnpo.schedule import make_grid
 from selfnpo.training.checkpoint import load_checkpoint, load_latest
 from selfnpo.training.log import RunLog
@@ -91,12 +91,12 @@ class Trainer:
         with (
             _interruptible() as interrupted,
             self.writer or nullcontext(),
-            tqdm(total=config.max_train_steps, initial=state.step, desc="train", unit="step", disable=None) as progress,
+            progress(total=config.max_train_steps, initial=state.step, desc="train", unit="step") as bar,
         ):
             while state.step < config.max_train_steps and ending == "completed":
                 loss, grad_norm = self.train_step()
                 losses.append(loss)
-                progress.update()
+                bar.update()
                 if self.writer:
                     self.writer.check()
                 last = state.step == config.max_train_steps
@@ -107,7 +107,7 @@ class Trainer:
                         if self.log:
                             self.log.write(row)
                         moved = f", moved={state.moved[1]:.2%}" if state.moved else ""
-                        progress.set_postfix_str(f"loss={row['loss']:.4f}{moved}")
+                        bar.set_postfix_str(f"loss={row['loss']:.4f}{moved}")
                     if config.max_relative_delta is not None and row["relative_delta"] >= config.max_relative_delta:
                         ending = "strength reached"
                 if interrupted():

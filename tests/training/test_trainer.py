@@ -291,7 +291,7 @@ ENDLESS = """
 import time
 from selfnpo import train
 train.finish = lambda *args: time.sleep(600)
-train.main(train.parse_config())
+train.command()
 """
 
 
