@@ -11,7 +11,7 @@ from selfnpo.cli import parse, run
 from selfnpo.errors import UserError
 from selfnpo.export.merged import CONFIG_FILES, dtype_name, formula, merge, weights_file
 from selfnpo.mixing import MixOptions
-from selfnpo.models import ModelOptions, Source
+from selfnpo.models import ModelOptions, Source, check_negative
 from selfnpo.output import check_output
 
 
@@ -51,6 +51,8 @@ def check(config: MergeConfig) -> None:
 def main(config: MergeConfig) -> None:
     check(config)
     source, folder, k = Source(config), config.output_dir, config.extrapolate
+    for name in filter(None, (config.negative, config.positive)):
+        check_negative(name, source)  # before the base is read
     beta = config.beta if k is None else -k
     positive = None if config.positive is None else str(config.positive)
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
