@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.tables import label, middle
 from selfnpo.budget.cost import EFFICIENCY, digits
-from selfnpo.sampling.picture import save_figure
+from selfnpo.figures import save_figure
 
 BLUE, GREEN, GRAY, RED = "#3b6fb6", "#3a9a5b", "0.6", "#b6433b"
 Results = dict[str, Any]

@@ -9,6 +9,7 @@ from typing import Literal
 from selfnpo.cli import parse, run
 from selfnpo.errors import UserError
 from selfnpo.models import Source
+from selfnpo.models.origin import check_exists
 from selfnpo.options import MixOptions, ModelOptions
 from selfnpo.output import check_output
 
@@ -49,11 +50,17 @@ def check(config: MergeConfig) -> None:
 
 def main(config: MergeConfig) -> None:
     check(config)
+    for name in filter(None, (config.negative, config.positive)):
+        check_exists(str(name), config)
+    print("loading PyTorch and diffusers")
     import torch  # here, so that mistakes are answered before PyTorch is loaded
 
     from selfnpo.export.merged import dtype_name, formula, merge
+    from selfnpo.models import check_negative
 
     source, folder, k = Source(config), config.output_dir, config.extrapolate
+    for name in filter(None, (config.negative, config.positive)):
+        check_negative(name, source)  # before the base is read
     beta = config.beta if k is None else -k
     positive = None if config.positive is None else str(config.positive)
     dtype = None if config.dtype is None else getattr(torch, config.dtype)

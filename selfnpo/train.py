@@ -10,6 +10,7 @@ from selfnpo.config import TrainConfig, parse_config
 from selfnpo.inputs.folder import read_folder
 from selfnpo.inputs.prompts import read_prompts
 from selfnpo.models import Source
+from selfnpo.models.origin import check_exists
 from selfnpo.output import RESULTS, check_output, prepare_output
 
 if TYPE_CHECKING:
@@ -90,6 +91,9 @@ def check_early(config: TrainConfig) -> None:
         read_folder(config.train_data_dir)
     elif config.prompt_dataset is None:
         read_prompts(config.prompts)
+    for name in filter(None, (config.denoiser_name_or_path, config.lora_name_or_path)):
+        check_exists(name, config)
+    print("loading PyTorch and diffusers")
 
 
 def command(args: Sequence[str] | None = None) -> int | None:

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 
 from selfnpo.demo.evaluation import CFG, NONE, SELF_NPO, Estimate, Evaluation
 from selfnpo.demo.metrics import HIGHER_IS_BETTER, METRICS
-from selfnpo.sampling.picture import save_figure
+from selfnpo.figures import save_figure
 
 LABELS = {
     NONE: "no guidance",

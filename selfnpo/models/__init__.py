@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from selfnpo.models.demo import DEMO_FOLDER
     from selfnpo.models.families import FAMILIES
     from selfnpo.models.family import Family
-    from selfnpo.models.loading import load_negative, load_pretrained
+    from selfnpo.models.loading import check_negative, load_negative, load_pretrained
     from selfnpo.models.pretrained import Conditions, PretrainedModel
     from selfnpo.models.source import NOT_THE_DEMO, Source
     from selfnpo.options import DEMO, ModelOptions, SampleOptions
@@ -19,7 +19,7 @@ _WHERE = {
     "selfnpo.models.demo": ("DEMO_FOLDER",),
     "selfnpo.models.families": ("FAMILIES",),
     "selfnpo.models.family": ("Family",),
-    "selfnpo.models.loading": ("load_negative", "load_pretrained"),
+    "selfnpo.models.loading": ("check_negative", "load_negative", "load_pretrained"),
     "selfnpo.models.pretrained": ("Conditions", "PretrainedModel"),
     "selfnpo.models.source": ("NOT_THE_DEMO", "Source"),
     "selfnpo.options": ("DEMO", "ModelOptions", "SampleOptions"),
@@ -27,7 +27,7 @@ _WHERE = {
 
 __all__ = [
     "DEMO", "DEMO_FOLDER", "FAMILIES", "NOT_THE_DEMO", "Conditions", "Family", "ModelOptions", "PretrainedModel",
-    "SampleOptions", "Source", "load_negative", "load_pretrained",
+    "SampleOptions", "Source", "check_negative", "load_negative", "load_pretrained",
 ]  # fmt: skip
 
 

@@ -1,12 +1,14 @@
 """A denoiser alone: without weights, from disk or from the hub, or in place of another one."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from selfnpo.errors import UserError, first_line
@@ -36,10 +38,7 @@ def load_denoiser(
     """
     try:
         if isinstance(origin, Path):
-            info = {}
-            model = kind.from_single_file(
-                str(origin), config=layout, subfolder=subfolder, torch_dtype=dtype, local_files_only=options.local_files_only
-            )
+            info, model = {}, _from_single_file(kind, str(origin), subfolder, dtype, options, layout)
         else:
             model, info = kind.from_pretrained(
                 origin, subfolder=subfolder, revision=options.revision, variant=options.variant, torch_dtype=dtype,
@@ -60,6 +59,20 @@ def load_denoiser(
     return model.eval().requires_grad_(False)
 
 
+def _from_single_file(
+    kind: type[ModelMixin],
+    file: str | dict[str, torch.Tensor],
+    subfolder: str,
+    dtype: torch.dtype,
+    options: ModelOptions,
+    layout: str,
+) -> ModelMixin:
+    """A denoiser from a file, or from what is in it."""
+    return kind.from_single_file(
+        file, config=layout, subfolder=subfolder, torch_dtype=dtype, local_files_only=options.local_files_only
+    )
+
+
 def load_replacement(
     kind: type[ModelMixin],
     name: str,
@@ -78,27 +91,83 @@ def load_replacement(
     Raises:
         UserError: it cannot be loaded or has another architecture.
     """
-    refuse_unsafe(name)
-    options = replace(options, revision=None)  # which is the base's
-    subfolder = ""
-    if name.endswith(SINGLE_FILE):
-        check_single_file(kind, Path(name))
-        subfolder = component
-    else:
-        found = find(name, "config.json", options)
-        if found is None:
-            subfolder = component
-            if find(name, f"{subfolder}/config.json", options) is None:
-                raise UserError(
-                    f"{name} holds no config.json and no {subfolder}/config.json; expected a {kind.__name__} "
-                    "(config.json and *.safetensors)"
-                )
-        if options.variant and options.variant not in weight_variants(name, subfolder, options):
-            options = replace(options, variant=None)
-    origin = Path(name) if name.endswith(SINGLE_FILE) else name
+    origin, subfolder, options = _locate(kind, name, component, options)
     model = load_denoiser(kind, origin, subfolder, dtype, options, layout)
     check_same_architecture(name, expected, shapes_of(model))
     return model
+
+
+def check_replacement(
+    kind: type[ModelMixin],
+    class_names: Collection[str],
+    name: str,
+    component: str,
+    expected: Mapping[str, torch.Size],
+    options: ModelOptions,
+    layout: str,
+) -> None:
+    """Raise a UserError where `load_replacement` would, as far as configurations and the headers of local files tell.
+
+    Args:
+        class_names: what configurations call `kind`.
+    """
+    origin, subfolder, options = _locate(kind, name, component, options)
+    if isinstance(origin, Path):
+        checkpoint = _headers(origin)  # a single file's configuration is the base's
+        try:
+            model = _from_single_file(kind, checkpoint, subfolder, torch.float32, options, layout)
+        except Exception as error:  # as above
+            raise UserError(f"{name} could not be loaded as a {kind.__name__}: {reason(error)}") from error
+        check_complete(model, name)
+    else:
+        where = f"{subfolder}/config.json".lstrip("/")
+        try:
+            config = json.loads(find(name, where, options).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{where} of {name} could not be read: {first_line(error)}") from error
+        if config.get("_class_name") not in class_names:
+            raise UserError(f"{name} is a {config.get('_class_name')}; expected a {kind.__name__}, as the base is")
+        if not weight_variants(name, subfolder, options):
+            raise UserError(
+                why_not_loaded(name, subfolder, options, kind.__name__)
+                or f"{name} holds no weights; expected {kind.__name__} weights in *{SINGLE_FILE} beside {where}"
+            )
+        for file in (Path(name) / subfolder).glob(f"*{SINGLE_FILE}"):
+            _headers(file)
+        model = empty_denoiser(kind, config)
+    check_same_architecture(name, expected, shapes_of(model))
+
+
+def _locate(
+    kind: type[ModelMixin], name: str, component: str, options: ModelOptions
+) -> tuple[str | Path, str, ModelOptions]:
+    """Where another denoiser lies: a file, or a folder or id and the part of it; and the options to load it with."""
+    refuse_unsafe(name)
+    options = replace(options, revision=None)  # which is the base's
+    if name.endswith(SINGLE_FILE):
+        check_single_file(kind, Path(name))
+        return Path(name), component, options
+    subfolder = ""
+    if find(name, "config.json", options) is None:
+        subfolder = component
+        if find(name, f"{subfolder}/config.json", options) is None:
+            raise UserError(
+                f"{name} holds no config.json and no {subfolder}/config.json; expected a {kind.__name__} "
+                "(config.json and *.safetensors)"
+            )
+    if options.variant and options.variant not in weight_variants(name, subfolder, options):
+        options = replace(options, variant=None)
+    return name, subfolder, options
+
+
+def _headers(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors of the shapes in a safetensors file that take no memory."""
+    try:
+        with safe_open(file, "pt") as opened:
+            keys = opened.keys()
+            return {key: torch.zeros(()).expand(opened.get_slice(key).get_shape()) for key in keys}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} could not be read as safetensors: {first_line(error)}") from error
 
 
 def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
@@ -135,5 +204,7 @@ def check_complete(model: nn.Module, origin: str) -> None:
 
 
 def reason(error: Exception) -> str:
-    """What diffusers meant; it fails to move weights of a single file that it did not find."""
+    """What diffusers meant; it fails to move weights of a single file that it did not find, or fails to find them."""
+    if isinstance(error, KeyError):
+        return f"it holds no {error.args[0]}; expected a complete checkpoint of the base's architecture"
     return "it lacks weights; expected a complete checkpoint" if "meta tensor" in str(error) else first_line(error)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selfnpo.device import default_device
 from selfnpo.errors import UserError
-from selfnpo.models.lora.read import is_lora, merge_lora
+from selfnpo.models.lora.read import is_lora, merge_lora, read_lora
 from selfnpo.models.pretrained import Conditions, PretrainedModel
 from selfnpo.models.source import Source
 from selfnpo.options import ModelOptions, SampleOptions
@@ -56,6 +56,21 @@ def load_pretrained(
     denoiser = source.denoiser(weights_dtype).to(weights_device or device)
     padding = source.family.padding(source.config, sizes)
     return PretrainedModel(source.family, denoiser, scheduler, conditions, sample_shape, device, dtype, source, padding)
+
+
+def check_negative(name_or_path: str | Path, source: Source) -> None:
+    """Notice mistakes in a negative, or in a positive, before anything else is loaded: by the configuration and the headers
+    of a denoiser, or by the LoRA itself, which is small. Weights that are on the hub are left there.
+
+    Raises:
+        UserError: it is missing, corrupt or of another architecture.
+    """
+    name, family = str(name_or_path), source.family
+    options = replace(source.options, lora_name_or_path=name, revision=None)
+    if is_lora(name, options):
+        read_lora(source.empty_denoiser(), family.pipeline_class, family.component, options)
+    else:
+        source.check_replacement(name)
 
 
 def load_negative(name_or_path: str | Path, base: PretrainedModel) -> ModelMixin:

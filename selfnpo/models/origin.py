@@ -36,6 +36,16 @@ def find(origin: str, filename: str, options: ModelOptions) -> Path | None:
         raise unreachable(origin, error) from error
 
 
+def check_exists(name: str, options: ModelOptions) -> None:
+    """Raise a UserError for a model that is neither here nor on the hub."""
+    refuse_unsafe(name)
+    if name.endswith(SINGLE_FILE):
+        if not Path(name).is_file():
+            raise UserError(f"{name} does not exist; expected a {SINGLE_FILE} file, a folder or a Hugging Face id")
+    elif not Path(name).is_file():
+        find(name, "config.json", options)
+
+
 def offline(options: ModelOptions) -> bool:
     return options.local_files_only or constants.HF_HUB_OFFLINE
 

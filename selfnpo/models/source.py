@@ -229,6 +229,14 @@ class Source:
         kind, expected = self.family.denoiser_class, shapes_of(self.empty_denoiser())
         return load_replacement(kind, name, self.component, expected, dtype, self.options, self.layout)
 
+    def check_replacement(self, name: str) -> None:
+        """Raise a UserError for a denoiser that `replacement` would refuse, by its configuration and headers alone."""
+        from selfnpo.models.denoiser import check_replacement, shapes_of
+
+        kind, expected = self.family.denoiser_class, shapes_of(self.empty_denoiser())
+        names = (kind.__name__, *self.family.former_class_names)
+        check_replacement(kind, names, name, self.component, expected, self.options, self.layout)
+
     def pipeline(self, wanted: tuple[str, ...], dtype: torch.dtype) -> DiffusionPipeline:
         """The family's pipeline with the components in `wanted` alone, and the scheduler.
 

@@ -12,7 +12,12 @@ from selfnpo_kernels import guided_step, philox_normal
 
 def start_noise(base: PretrainedModel, count: int, seed: int) -> Tensor:
     """x_T of `count` samples, the same for all methods in a comparison: `[count, ...]`."""
-    return philox_normal((count, *base.sample_shape), seed, 0, Site.SAMPLE_NOISE, base.move(torch.arange(count)))
+    return noise_of(base, torch.arange(count), seed)
+
+
+def noise_of(base: PretrainedModel, numbers: Tensor, seed: int) -> Tensor:
+    """x_T of the samples with these numbers `[B]`, which does not depend on the batch they are in: `[B, ...]`."""
+    return philox_normal((len(numbers), *base.sample_shape), seed, 0, Site.SAMPLE_NOISE, base.move(numbers))
 
 
 def plain_guidance(base: PretrainedModel, condition: Tensor, guidance_scale: float) -> tuple[float, str]:
@@ -26,6 +31,11 @@ def plain_guidance(base: PretrainedModel, condition: Tensor, guidance_scale: flo
     if all(rows[name].cpu().equal(null[name].cpu()) for name in base.conditions.rows):
         return 1.0, "the base itself"
     return guidance_scale, "plain guidance (CFG)"
+
+
+def title(name: str, guidance_scale: float) -> str:
+    """What pictures and tables call a method."""
+    return f"{name}, no guidance" if guidance_scale == 1 else f"{name}, guidance_scale = {guidance_scale:g}"
 
 
 @torch.no_grad()

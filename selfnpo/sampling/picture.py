@@ -1,51 +1,157 @@
-"""Sample grids as PNG."""
+"""Contact sheets as PNG: images under titles, each with its prompt."""
 
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no screen needed
-import matplotlib.pyplot as plt
 import torch
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
-from torch.nn import functional
 
 from selfnpo.files import committed_file
+from selfnpo.sampling.text import Font, font, line_height, wrap
 
-DPI = 110
-GAP = 0.35  # gray between images
-
-
-def tile(images: Tensor, columns: int) -> Tensor:
-    """One sheet `[H, W, 3]` in [0, 1] of images `[n, 1 or 3, h, w]` in [-1, 1], row by row with a gap around them."""
-    padded = functional.pad(images.float().cpu().clamp(-1, 1) / 2 + 0.5, (1, 0, 1, 0), value=GAP).expand(-1, 3, -1, -1)
-    count, _, height, width = padded.shape
-    rows = -(-count // columns)
-    sheet = torch.full((rows * columns, 3, height, width), GAP)
-    sheet[:count] = padded
-    joined = sheet.view(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
-    return functional.pad(joined, (0, 0, 0, 1, 0, 1), value=GAP)
+SMALLEST, WIDEST, TALLEST = 1100, 4096, 8192  # pixels of a sheet's images: smaller ones are enlarged, larger ones reduced
+WHITE, GRAY, INK, FADED = (255, 255, 255), (90, 90, 90), (0, 0, 0), (70, 70, 70)
+PROMPT_LINES = 2  # of a prompt below an image
 
 
-def save_comparison(path: Path, panels: list[tuple[str, Tensor]], columns: int, caption: str) -> None:
-    """Panels of images under their titles, two side by side; equal positions belong to each other."""
-    sheets = [tile(images, columns) for _, images in panels]
-    height, width, _ = sheets[0].shape
-    rows = -(-len(panels) // 2)
-    inches = min(max(11, 2 * width / DPI), 40)  # large images in their own size
-    lines = textwrap.wrap(caption, int(14 * inches))
-    title_lines = max(title.count("\n") + 1 for title, _ in panels)
-    tall = rows * ((inches / 2 - 0.1) * height / width + 0.2 + 0.2 * title_lines) + 0.1 + 0.2 * len(lines)
-    figure, axes = plt.subplots(rows, 2, figsize=(inches, tall), layout="constrained", squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axis, (title, _), sheet in zip(axes.flat, panels, sheets, strict=False):
-        _show(axis, sheet)
-        axis.set_title(title, fontsize=12)
-    figure.supxlabel("\n".join(lines), fontsize=10, color="0.35")
-    save_figure(figure, path)
+def to_bytes(frames: Tensor) -> Tensor:
+    """uint8 `[n, H, W, 3]` of images `[n, 1 or 3, H, W]` in [-1, 1]."""
+    return ((frames.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """How the images of a picture are laid out: in panels `columns` images wide, all under the same labels.
+
+    Args:
+        shape: of one image, (height, width).
+        images: number of images in a panel.
+        across, down: panels beside and below each other.
+        labels: what each sample shows; a sample is one image, or several frames in a row. Empty: nothing to say.
+    """
+
+    shape: tuple[int, int]
+    images: int
+    columns: int
+    across: int
+    down: int
+    labels: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return -(-self.images // self.columns)
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in which an image is shown: enlarged or reduced by a whole number."""
+        (height, width), wide = self.shape, self.across * self.columns
+        larger = max(1, min(SMALLEST // (wide * width), TALLEST // (self.down * self.rows * height)))
+        smaller = max(-(-wide * width // WIDEST), -(-self.down * self.rows * height // TALLEST))
+        return max(1, height * larger // smaller), max(1, width * larger // smaller)
+
+    @property
+    def gap(self) -> int:
+        return max(2, self.size[1] // 64)
+
+    @property
+    def width(self) -> int:
+        """Of a panel."""
+        return self.columns * (self.size[1] + self.gap) + self.gap
+
+    @property
+    def text_size(self) -> int:
+        return min(max(14, self.across * self.width // 64), 48)
+
+    @property
+    def frames(self) -> int:
+        """Images of one sample."""
+        return self.images // len(self.labels) if self.labels else 1
+
+    @property
+    def by_column(self) -> bool:
+        """Whether a label holds for a whole column."""
+        step = self.columns // self.frames
+        return all(label == self.labels[number % step] for number, label in enumerate(self.labels))
+
+    @property
+    def shown_labels(self) -> tuple[str, ...]:
+        """Nothing, where one label holds for all: the caption has it."""
+        return self.labels if len(set(self.labels)) > 1 else ()
+
+    @cached_property
+    def label_font(self) -> Font:
+        room = self.frames * self.size[1]
+        return font(min(max(11, room // 14), round(0.8 * self.text_size)))
+
+    @cached_property
+    def label_lines(self) -> list[list[str]]:
+        room = self.frames * self.size[1]
+        return [wrap(label, self.label_font, room, PROMPT_LINES) for label in self.shown_labels]
+
+    @property
+    def strip(self) -> int:
+        """Height of the labels."""
+        count = max(map(len, self.label_lines), default=0)
+        return count * line_height(self.label_font) + (self.gap if count else 0)
+
+    def panel(self, images: Tensor) -> Image.Image:
+        """The images `[n, 1 or 3, H, W]` of a panel, row by row."""
+        height, width = self.size
+        strip, head = self.strip, self.strip if self.by_column else 0
+        tall = head + self.rows * (height + self.gap + (0 if head else strip)) + self.gap
+        canvas = Image.new("RGB", (self.width, tall), WHITE)
+        draw = ImageDraw.Draw(canvas)
+        draw.rectangle((0, head, self.width, tall), fill=WHITE if strip and not head else GRAY)
+        for number, pixels in enumerate(to_bytes(images.cpu()).numpy()):
+            row, column = divmod(number, self.columns)
+            x, y = self.gap + column * (width + self.gap), head + self.gap + row * (height + self.gap + strip - head)
+            canvas.paste(resized(Image.fromarray(pixels), (width, height)), (x, y))
+            sample, frame = divmod(number, self.frames)
+            if strip and frame == 0 and (row == 0 or not head):
+                middle = x + (self.frames * (width + self.gap) - self.gap) / 2
+                top = 0 if head else y + height + self.gap // 2
+                for line in self.label_lines[sample]:
+                    draw.text((middle, top), line, fill=INK, font=self.label_font, anchor="ma")
+                    top += line_height(self.label_font)
+        return canvas
+
+    def caption(self, caption: str) -> str:
+        """`caption`, with the label of all images and the size at which they are shown."""
+        width = self.shape[1]
+        scale = f"shown at {self.size[1]} of {width} pixels width" if self.size[1] < width else ""
+        label = f"“{self.labels[0]}”" if self.labels and self.labels[0] and not self.shown_labels else ""
+        return " | ".join(filter(None, (label, caption, scale)))
+
+
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Enlarged with sharp pixels, reduced smoothly."""
+    if image.size == size:
+        return image
+    return image.resize(size, Image.Resampling.NEAREST if size[0] > image.width else Image.Resampling.LANCZOS)
+
+
+def save_comparison(
+    path: Path,
+    panels: Sequence[tuple[str, Tensor]],
+    columns: int,
+    caption: str,
+    labels: Sequence[str] = (),
+    text: Mapping[str, str] | None = None,
+) -> None:
+    """Panels of images under their titles, two side by side; equal positions belong together.
+
+    Args:
+        labels: what each sample shows, the same in all panels.
+        text: what the file says of itself, see metadata.py.
+    """
+    images = panels[0][1]
+    sheet = Sheet((*images.shape[-2:],), len(images), columns, 2, -(-len(panels) // 2), tuple(labels))
+    rows = [list(panels[first : first + 2]) for first in range(0, len(panels), 2)]
+    _save(path, sheet, rows, [], caption, text)
 
 
 def save_table(
@@ -55,36 +161,61 @@ def save_table(
     column_names: Sequence[str],
     columns: int,
     caption: str,
+    labels: Sequence[str] = (),
+    text: Mapping[str, str] | None = None,
 ) -> None:
-    """A sheet of images per cell, `columns` images wide, under the names of rows and columns; equal positions belong to each
-    other."""
-    sheets = [[tile(images, columns) for images in row] for row in cells]
-    height, width, _ = sheets[0][0].shape
-    inches = min(max(11, len(column_names) * width / DPI), 40)
-    lines = textwrap.wrap(caption, int(14 * inches))
-    across = (inches - 0.4) / len(column_names) - 0.1  # inches of a cell
-    tall = len(row_names) * (across * height / width + 0.1) + 0.5 + 0.2 * len(lines)
-    figure, axes = plt.subplots(
-        len(row_names), len(column_names), figsize=(inches, tall), layout="constrained", squeeze=False
-    )
-    for row, name in zip(axes, row_names, strict=True):
-        row[0].set_ylabel(name, fontsize=13)
-    for axis, name in zip(axes[0], column_names, strict=True):
-        axis.set_title(name, fontsize=13)
-    for axis, sheet in zip(axes.flat, (sheet for row in sheets for sheet in row), strict=True):
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-        _show(axis, sheet)
-    figure.supxlabel("\n".join(lines), fontsize=10, color="0.35")
-    save_figure(figure, path)
+    """A panel per cell, `columns` images wide, under the names of rows and columns; equal positions belong together."""
+    images = cells[0][0]
+    sheet = Sheet((*images.shape[-2:],), len(images), columns, len(column_names), len(row_names), tuple(labels))
+    names = [column_names, *[[""] * len(column_names)] * (len(row_names) - 1)]
+    _save(path, sheet, [list(zip(*row, strict=True)) for row in zip(names, cells, strict=True)], row_names, caption, text)
 
 
-def _show(axis: plt.Axes, sheet: Tensor) -> None:
-    axis.imshow(sheet.numpy(), interpolation="nearest" if sheet.shape[1] < 4 * DPI else "auto")
+def _save(
+    path: Path,
+    sheet: Sheet,
+    rows: list[list[tuple[str, Tensor]]],
+    row_names: Sequence[str],
+    caption: str,
+    text: Mapping[str, str] | None,
+) -> None:
+    letters, small = font(sheet.text_size), font(round(0.75 * sheet.text_size))
+    margin = sheet.text_size
+    left = max((letters.getlength(line) for name in row_names for line in name.split("\n")), default=-margin) + 2 * margin
+    left, apart = round(left), margin
+    width = left + len(rows[0]) * (sheet.width + apart) - apart + margin
+    titles = [[_title(title, letters, sheet.width) for title, _ in row] for row in rows]
+    tall = sheet.panel(rows[0][0][1][:0]).height
+    heads = [max(map(len, row)) * line_height(letters) + (margin // 2 if any(row) else 0) for row in titles]
+    lines = wrap(sheet.caption(caption), small, width - 2 * margin, lines=6)
+    height = margin + sum(heads) + len(rows) * (tall + apart) + len(lines) * line_height(small) + margin // 2
+    canvas = Image.new("RGB", (width, height), WHITE)
+    draw, y = ImageDraw.Draw(canvas), margin
+    for number, (row, head) in enumerate(zip(rows, heads, strict=True)):
+        for column, (_, images) in enumerate(row):
+            x = left + column * (sheet.width + apart)
+            for place, line in enumerate(titles[number][column]):
+                top = y + place * line_height(letters)
+                draw.text((x + sheet.width // 2, top), line, fill=INK, font=letters, anchor="ma")
+            canvas.paste(sheet.panel(images), (x, y + head))
+        if row_names:
+            middle = (margin + (left - 2 * margin) // 2, y + head + tall // 2)
+            draw.multiline_text(middle, row_names[number], fill=INK, font=letters, anchor="mm", align="center")
+        y += head + tall + apart
+    for line in lines:
+        draw.text((width // 2, y), line, fill=FADED, font=small, anchor="ma")
+        y += line_height(small)
+    save_png(path, canvas, text)
 
 
-def save_figure(figure: plt.Figure, path: Path) -> None:
-    """Write a figure whole or not at all, and close it."""
+def _title(title: str, letters: Font, width: int) -> list[str]:
+    return [part for line in title.split("\n") for part in wrap(line, letters, width, lines=2)]
+
+
+def save_png(path: Path, image: Image.Image, text: Mapping[str, str] | None = None) -> None:
+    """Write an image, whole or not at all, with `text` in its metadata."""
+    info = PngInfo()
+    for name, value in (text or {}).items():
+        info.add_text(name, value)
     with committed_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=DPI, bbox_inches="tight")
-    plt.close(figure)
+        image.save(partial, format="png", pnginfo=info)

@@ -1,58 +1,80 @@
-"""Samples from equal noise over guidance scales and strengths of the negative."""
+"""Samples from equal noise over guidance scales and strengths of the negative, batch by batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from typing import NamedTuple
 
+import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from selfnpo.mixing import mix_
 from selfnpo.models import PretrainedModel
 from selfnpo.output import progress
-from selfnpo.sampling.ddim import ddim_sample, plain_guidance
+from selfnpo.sampling.ddim import ddim_sample, noise_of, plain_guidance
+
+
+class Method(NamedTuple):
+    guidance_scale: float
+    beta: float | None = None  # None: plain guidance, or none at all at a guidance scale of 1
+
+
+Missing = Callable[[Method, range], Sequence[int]]  # numbers of a batch that a method still lacks
+
+
+def methods(
+    base: PretrainedModel, condition: Tensor, guidance_scales: Sequence[float], betas: Sequence[float]
+) -> list[list[Method]]:
+    """Per guidance scale: plain guidance, then the negative at each beta."""
+    return [
+        [Method(plain_guidance(base, condition, scale)[0]), *(Method(scale, beta) for beta in betas)]
+        for scale in guidance_scales
+    ]
 
 
 def sweep(
     base: PretrainedModel,
     trained: ModelMixin,
     tuned: ModelMixin | None,
-    noise: Tensor,
     condition: Tensor,
-    guidance_scales: Sequence[float],
-    betas: Sequence[float],
+    wanted: Sequence[Method],
+    seed: int = 0,
     alpha: float = 1.0,
     num_inference_steps: int = 25,
     batch_size: int = 1000,
-) -> dict[tuple[float, float | None], Tensor]:
-    """Samples `[B, ...]` by (guidance scale, beta), and under (guidance scale, None) those of plain guidance.
+    missing: Missing | None = None,
+) -> Iterator[tuple[Method, Sequence[int], Tensor]]:
+    """A method, the numbers of its next samples, and these samples `[B, ...]`, until there is each one of every method.
 
     The models come in float32 on the host and are used up: each is brought to the base's device and dtype when it samples,
-    where no more than a positive and a negative lie at a time. With several betas the originals stay on the host.
+    where no more than a positive and a negative lie at a time. With several betas the originals stay on the host. Plain
+    guidance is sampled along with the first beta, so that a batch is complete before the next one begins.
 
     Args:
         trained: theta + delta, the result of the training.
         tuned: theta + eta, the positive model; by default the base itself.
-        noise, condition: `[B, ...]`, `[B]` as in `ddim_sample`.
+        condition: `[n]` of all samples, as in `ddim_sample`. Sample number i starts from the noise of (seed, i).
         alpha: share of eta in the negatives, see `mix_`.
+        missing: what is still to be sampled; by default everything.
     """
-    plain_scales = [plain_guidance(base, condition, scale)[0] for scale in guidance_scales]
-    total = len(guidance_scales) * len(betas) + len(set(plain_scales))
-    bar = progress(total=total, desc="compare", unit="grid", leave=False)
+    batches = [range(first, min(first + batch_size, len(condition))) for first in range(0, len(condition), batch_size)]
+    wanted = list(dict.fromkeys(wanted))
+    betas = list(dict.fromkeys(method.beta for method in wanted if method.beta is not None))
     keep = deepcopy if len(betas) > 1 else lambda model: model
-
-    def sample(guidance_scale: float, negative: nn.Module) -> Tensor:
-        options = guidance_scale, negative, positive, num_inference_steps, batch_size
-        samples = ddim_sample(base, noise, condition, *options)
-        bar.update()
-        return samples
-
-    found, positive = {}, None
+    bar = progress(total=len(wanted) * len(batches), desc="compare", unit="batch", leave=False)
+    positive = None
     for beta in betas:
         negative = keep(trained)
         mix_(negative, base.denoiser, tuned, alpha, beta)
         nn.Module.to(negative, base.device, base.dtype)
         positive = positive or nn.Module.to(keep(tuned or base.denoiser), base.device, base.dtype)
-        found |= {(scale, beta): sample(scale, negative) for scale in guidance_scales}
-    plain = {scale: sample(scale, positive) for scale in dict.fromkeys(plain_scales)}
+        turn = [method for method in wanted if method.beta == beta or (method.beta is None and beta == betas[0])]
+        for batch in batches:
+            for method in turn:
+                if numbers := list(missing(method, batch) if missing else batch):
+                    index = torch.tensor(numbers)
+                    model = positive if method.beta is None else negative
+                    options = method.guidance_scale, model, positive, num_inference_steps, batch_size
+                    yield method, numbers, ddim_sample(base, noise_of(base, index, seed), condition[index], *options)
+                bar.update()
     bar.close()
-    return found | {(scale, None): plain[at] for scale, at in zip(guidance_scales, plain_scales, strict=True)}

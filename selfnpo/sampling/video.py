@@ -1,22 +1,23 @@
 """Videos side by side, as GIF or MP4."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from selfnpo.errors import UserError
 from selfnpo.files import committed_file
+from selfnpo.sampling.text import font, line_height, shorten, wrap
 
 SUFFIXES = (".gif", ".mp4")
 GAP = 4  # pixels between videos
 SMALLEST = 256  # pixels that a video is wide; smaller ones are enlarged
 LARGEST = 28  # pixels, of titles
-BACKGROUND = (255, 255, 255)
+PROMPT_LINES = 2  # above a row of videos
+WHITE, INK = (255, 255, 255), (0, 0, 0)
 
 
 def check_video(path: Path) -> None:
@@ -28,46 +29,58 @@ def check_video(path: Path) -> None:
         )
 
 
-def to_bytes(frames: Tensor) -> Tensor:
-    """uint8 `[frames, H, W, 3]` of `[frames, 1 or 3, H, W]` in [-1, 1]."""
-    return ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
-
-
-def save_video(path: Path, titles: list[str], panels: list[list[Tensor]], fps: int) -> None:
+def save_video(
+    path: Path, titles: Sequence[str], panels: Sequence[list[Tensor]], fps: int, labels: Sequence[str] = (), text: str = ""
+) -> None:
     """Panels of videos (uint8 `[frames, H, W, 3]`) under their titles, side by side and all at once; a row per video.
 
     The suffix of `path` is .gif or .mp4. GIF knows durations of whole hundredths of a second.
+
+    Args:
+        labels: what each row shows.
+        text: a comment in the file.
     """
-    frames = _frames(titles, panels)
+    frames = _frames(titles, panels, labels)
     first = next(frames)
     with committed_file(path) as partial:
         if path.suffix == ".gif":
-            first.save(partial, save_all=True, append_images=frames, duration=1000 / fps, loop=0)
+            comment = {"comment": text.encode()} if text else {}
+            first.save(partial, save_all=True, append_images=frames, duration=1000 / fps, loop=0, **comment)
             return
         import imageio_ffmpeg
 
-        writer = imageio_ffmpeg.write_frames(str(partial), first.size, fps=fps, macro_block_size=2)
+        comment = ["-metadata", f"comment={text}"] if text else []
+        writer = imageio_ffmpeg.write_frames(str(partial), first.size, fps=fps, macro_block_size=2, output_params=comment)
         writer.send(None)
         for frame in chain((first,), frames):
             writer.send(frame.tobytes())
         writer.close()
 
 
-def _frames(titles: list[str], panels: list[list[Tensor]]) -> Iterator[Image.Image]:
+def _frames(titles: Sequence[str], panels: Sequence[list[Tensor]], labels: Sequence[str]) -> Iterator[Image.Image]:
     count, height, width, _ = panels[0][0].shape
-    enlarged = -(-SMALLEST // width)
+    enlarged = -(-SMALLEST // width) if any(titles) else 1
     height, width = height * enlarged, width * enlarged
-    longest = max(ImageFont.load_default(100).getlength(title) for title in titles)
-    font = ImageFont.load_default(min(95 * width / longest, LARGEST))
-    head = round(2 * font.size)
-    size = (len(panels) * (width + GAP) - GAP, head + len(panels[0]) * (height + GAP) - GAP)
-    canvas = Image.new("RGB", tuple(side + side % 2 for side in size), BACKGROUND)  # MP4 takes even sides only
+    across = len(panels) * (width + GAP) - GAP
+    letters = font(min(max(width // 16, 12), LARGEST))
+    small = font(round(0.75 * letters.size))
+    head = 2 * letters.size if any(titles) else 0
+    prompts = [wrap(label, small, across, PROMPT_LINES) for label in labels] or [[]] * len(panels[0])
+    strip = max(map(len, prompts)) * line_height(small)
+    tall = strip + height + GAP
+    size = (across, head + len(panels[0]) * tall - GAP)
+    canvas = Image.new("RGB", tuple(side + side % 2 for side in size), WHITE)  # MP4 takes even sides only
+    draw = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles):
         middle = (column * (width + GAP) + width // 2, head // 2)
-        ImageDraw.Draw(canvas).text(middle, title, fill="black", font=font, anchor="mm")
+        draw.text(middle, shorten(title, letters, width), fill=INK, font=letters, anchor="mm")
+    for row, lines in enumerate(prompts):
+        for place, line in enumerate(lines):
+            at = (across // 2, head + row * tall + place * line_height(small))
+            draw.text(at, line, fill=INK, font=small, anchor="ma")
     for number in range(count):
         for column, videos in enumerate(panels):
             for row, video in enumerate(videos):
                 frame = Image.fromarray(video[number].numpy()).resize((width, height), Image.Resampling.NEAREST)
-                canvas.paste(frame, (column * (width + GAP), head + row * (height + GAP)))
+                canvas.paste(frame, (column * (width + GAP), head + strip + row * tall))
         yield canvas.copy()

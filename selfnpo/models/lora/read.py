@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -96,6 +97,31 @@ def read_offsets(
 def _load(model: ModelMixin, kind: type[DiffusionPipeline], component: str, options: ModelOptions) -> None:
     """Put a LoRA into a denoiser as a peft adapter."""
     name, base = options.lora_name_or_path, options.pretrained_model_name_or_path
+    state_dict, alphas, metadata = read_lora(model, kind, component, options)
+    ours = {key: tensor for key, tensor in state_dict.items() if key.startswith(f"{component}.")}
+    if len(ours) < len(state_dict):
+        print(f"note: {name} also changes the text encoder; only its {component} part is used")
+    try:
+        model.load_lora_adapter(
+            ours, prefix=component, network_alphas=None if metadata else alphas, metadata=metadata, adapter_name=ADAPTER
+        )
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"{name} does not fit {base}: {first_line(error)}") from error
+
+
+def read_lora(
+    model: ModelMixin, kind: type[DiffusionPipeline], component: str, options: ModelOptions
+) -> tuple[dict[str, Tensor], dict[str, float] | None, dict[str, Any] | None]:
+    """Weights, alphas and metadata of the LoRA of `options`, as diffusers reads them.
+
+    Args:
+        model: the base's denoiser, with or without weights.
+        component: its name in the pipeline.
+
+    Raises:
+        UserError: the LoRA cannot be read, or belongs to another base.
+    """
+    name, base = options.lora_name_or_path, options.pretrained_model_name_or_path
     refuse_unsafe(name)
     if not hasattr(kind, "lora_state_dict"):
         raise UserError(f"{name} is a LoRA, but diffusers has no LoRA for {kind.__name__}; expected a whole denoiser")
@@ -116,16 +142,8 @@ def _load(model: ModelMixin, kind: type[DiffusionPipeline], component: str, opti
     except Exception as error:  # diffusers raises many kinds
         raise UserError(f"{name} could not be read as a LoRA in safetensors: {first_line(error)}") from error
     prefix = f"{component}."
-    ours = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
-    _check_lora(name, ours, prefix, model)
-    if len(ours) < len(state_dict):
-        print(f"note: {name} also changes the text encoder; only its {component} part is used")
-    try:
-        model.load_lora_adapter(
-            ours, prefix=component, network_alphas=None if metadata else alphas, metadata=metadata, adapter_name=ADAPTER
-        )
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{name} does not fit {base}: {first_line(error)}") from error
+    _check_lora(name, {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}, prefix, model)
+    return state_dict, alphas, metadata
 
 
 def _check_lora(name: str, state_dict: dict[str, Tensor], prefix: str, model: ModelMixin) -> None:

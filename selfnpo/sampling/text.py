@@ -1,0 +1,43 @@
+"""Text in pictures: in one font on every machine, wrapped, and cut with an ellipsis where there is no room for it."""
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+from PIL import ImageFont
+
+ELLIPSIS = "…"
+Font = ImageFont.FreeTypeFont
+
+
+@cache
+def font(size: int) -> Font:
+    """DejaVu Sans, which matplotlib brings along: Pillow's own font has Latin letters only."""
+    folder = Path(importlib.util.find_spec("matplotlib").origin).parent  # found, not imported
+    return ImageFont.truetype(folder / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def line_height(of: Font) -> int:
+    return round(1.3 * of.size)
+
+
+def shorten(text: str, of: Font, width: float) -> str:
+    """`text` in one line of `width` pixels at most."""
+    text = " ".join(text.split())
+    if of.getlength(text) <= width:
+        return text
+    low, high = 0, len(text)  # characters that fit, that do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if of.getlength(text[:middle] + ELLIPSIS) <= width else (low, middle)
+    return text[:low].rstrip() + ELLIPSIS
+
+
+def wrap(text: str, of: Font, width: float, lines: int) -> list[str]:
+    """`text` in at most `lines` lines of `width` pixels, broken between words; what is left over is cut off."""
+    found, words = [], text.split()
+    while words and len(found) < lines - 1:
+        count = next((n for n in range(len(words), 1, -1) if of.getlength(" ".join(words[:n])) <= width), 1)
+        found.append(shorten(words[0], of, width) if count == 1 else " ".join(words[:count]))
+        words = words[count:]
+    return [*found, shorten(" ".join(words), of, width)] if words else found
