@@ -10,6 +10,7 @@ from torch import Tensor
 
 from selfnpo.config import preset_config
 from selfnpo.models import PretrainedModel, load_negative
+from selfnpo.sampling.config import SampleConfig
 from selfnpo.sampling.ddim import plain_guidance, title
 from selfnpo.sampling.decode import decode_frames, decode_samples, open_vae
 from selfnpo.sampling.folder import SampleFolder, folder_names
