@@ -4,15 +4,18 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
 from selfnpo.errors import UserError
 
-LINE_SECONDS = 5.0  # between lines of progress where there is no terminal
+# Where there is no terminal, seconds before the first line of progress, and between two lines.
+FIRST_LINE, LINE_SECONDS = 1.5, 10.0
 
 # What a training run writes beside its checkpoints.
 RESULTS = (
@@ -83,25 +86,84 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-class _Lines:
-    """Where tqdm writes without a terminal: each state of a bar as a line of its own."""
+class Lines:
+    """Progress where there is no terminal, with the methods of `tqdm` that are used here: after FIRST_LINE seconds a line,
+    then one every LINE_SECONDS, also while a single iteration lasts. What is done before gets no line.
 
-    def __init__(self, stream: TextIO):
-        self.stream = stream
+    Without an iterable and a total it only says that something lasts.
+    """
 
-    def write(self, text: str) -> None:
-        text = text.replace("\x1b[A", "").strip()
-        if text:
-            self.stream.write(f"{text}\n")
+    def __init__(
+        self,
+        iterable: Iterable[Any] | None = None,
+        *,
+        desc: str,
+        total: int | None = None,
+        initial: int = 0,
+        unit: str = "",
+        leave: bool = True,
+    ):
+        self.iterable, self.desc, self.unit, self.leave = iterable, desc, unit, leave
+        self.total = len(iterable) if total is None and isinstance(iterable, Sized) else total
+        self.n = self.initial = initial
+        self.postfix, self.started = "", time.monotonic()
+        self._closed = threading.Event()
+        threading.Thread(target=self._tell, daemon=True).start()
 
-    def flush(self) -> None:
-        self.stream.flush()
+    def _tell(self) -> None:
+        wait = FIRST_LINE
+        while not self._closed.wait(wait):
+            self._print()
+            wait = LINE_SECONDS
+
+    def _print(self) -> None:
+        tqdm.write(str(self), file=sys.stderr)  # above the bars of a terminal
+
+    def __str__(self) -> str:
+        seconds, done = time.monotonic() - self.started, self.n - self.initial
+        passed = f"{tqdm.format_interval(seconds)} passed"
+        if self.total is None:
+            return f"{self.desc}: {passed}"
+        units = f"{self.unit}{'es' if self.unit.endswith('ch') else 's'}"
+        parts = [f"{self.n:,} of {self.total:,} {units}", passed]
+        if done and seconds:
+            rate = done / seconds
+            if self.n < self.total:
+                parts.append(f"{tqdm.format_interval((self.total - self.n) / rate)} left")
+            parts += [f"{rate:.3g} {units}/s" if rate > 1 else f"{1 / rate:.3g} s per {self.unit}"]
+        return f"{self.desc}: {', '.join([*parts, *filter(None, [self.postfix])])}"
+
+    def __iter__(self) -> Iterator[Any]:
+        with self:
+            for item in self.iterable:
+                yield item
+                self.update()
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+
+    def set_postfix_str(self, text: str) -> None:
+        self.postfix = text
+
+    def close(self) -> None:
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        if self.leave:
+            self._print()
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def progress(iterable: Iterable[Any] | None = None, *, total: int | None = None, **options: Any) -> tqdm:
-    """A progress bar; a line every few seconds where stderr is no terminal. Takes what `tqdm` takes."""
-    if sys.stderr.isatty():
-        return tqdm(iterable, total=total, **options)
-    layout = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} passed, {remaining} left, {rate_fmt}{postfix}"
-    lines = {"file": _Lines(sys.stderr), "mininterval": LINE_SECONDS, "bar_format": layout, "leave": True}
-    return tqdm(iterable, total=total, **(options | lines))
+def progress(iterable: Iterable[Any] | None = None, **options: Any) -> "tqdm | Lines":
+    """A progress bar, or `Lines` of progress where stderr is no terminal. Takes what `Lines` takes."""
+    return tqdm(iterable, **options) if sys.stderr.isatty() else Lines(iterable, **options)
+
+
+def lasting(what: str) -> Lines:
+    """A context for what can last and cannot be counted, such as reading weights: it says so every few seconds."""
+    return Lines(desc=what, leave=False)
