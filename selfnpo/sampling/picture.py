@@ -13,7 +13,7 @@ from torch import Tensor
 from selfnpo.files import committed_file
 from selfnpo.sampling.text import Font, font, line_height, wrap
 
-SMALLEST, WIDEST, TALLEST = 1100, 4096, 8192  # pixels of a sheet's images: smaller ones are enlarged, larger ones reduced
+SMALLEST, WIDEST, TALLEST = 1200, 4096, 8192  # pixels of a sheet's images: smaller ones are enlarged, larger ones reduced
 WHITE, GRAY, INK, FADED = (255, 255, 255), (90, 90, 90), (0, 0, 0), (70, 70, 70)
 PROMPT_LINES = 2  # of a prompt below an image
 
@@ -55,7 +55,8 @@ class Sheet:
 
     @property
     def gap(self) -> int:
-        return max(2, self.size[1] // 64)
+        width = self.size[1]
+        return max(2, min(6, width // 8), width // 64)
 
     @property
     def width(self) -> int:
