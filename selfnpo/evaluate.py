@@ -138,9 +138,9 @@ def check_digits(source: Source) -> None:
     if source.family.name != expected.family.name or any(source.config[name] != expected.config[name] for name in DIGITS):
         name = source.options.pretrained_model_name_or_path
         raise UserError(
-            f"{name} is a {source.family.name} model, but evaluate judges handwritten digits: it takes the demo, or a base "
-            "made with python -m selfnpo.demo.base. For other models write images with python -m selfnpo.sample --output_dir, "
-            "and score them with your own metrics"
+            f"{name} is a {source.family.name} model that makes other images than the demo's digits, which evaluate judges; "
+            "expected the demo, or a base made with python -m selfnpo.demo.base (for other models write images with python -m "
+            "selfnpo.sample --output_dir, and score them with your own metrics)"
         )
 
 

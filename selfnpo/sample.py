@@ -102,8 +102,8 @@ def check(config: SampleConfig) -> None:
     for scale in config.guidance_scale:
         if not 1 < scale <= 100:
             raise UserError(
-                f"guidance_scale is {scale}; expected a value above 1 and up to 100, since at 1 there is no guidance and the "
-                "negative would do nothing"
+                f"guidance_scale is {scale}; expected a value above 1 and up to 100, since at 1 there is no guidance and "
+                "the negative would do nothing"
             )
     for name, values in (("beta", config.beta), ("guidance_scale", config.guidance_scale)):
         if len(set(values)) < len(values):

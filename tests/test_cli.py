@@ -96,7 +96,7 @@ def test_the_demo_judges_its_negative_and_shows_it(tmp_path, monkeypatch, capsys
     )
     assert call("train", "--max_train_steps", 30, "--output_dir", tmp_path / "out") == 0
     assert set(RESULTS) - {"tensorboard", "samples"} <= {path.name for path in (tmp_path / "out").iterdir()}
-    assert "w = 2" in capsys.readouterr().out
+    assert "guidance_scale = 3" in capsys.readouterr().out
     report = (tmp_path / "out" / "report.md").read_text()
     assert "recall" in report
     assert "30 steps of 128 samples" in report
