@@ -73,7 +73,7 @@ def bench_guided_evaluation(record, unet, lora, batch_size):
         "plain": guided_by(plain),
         "two calls": two_calls,
         "LoRA": guided_by(low_rank),
-        "whole weights": guided_by(whole),
+        "full weights": guided_by(whole),
     }
     with guide(whole, negative), guide(low_rank, lora):
         found = timers(arms, DEVICE, failures)

@@ -37,18 +37,18 @@ def factors(workload: Workload) -> dict[str, Callable[[], Loop]]:
 
     found = {
         "released recipe": released,
-        "no calls without weight": partial(released, dead_calls=False),
-        "no loops and reads on the host": partial(released, dead_calls=False, host_loops=False),
-        "clip, AdamW, average in one pass": partial(released, dead_calls=False, host_loops=False, one_pass=True),
-        "fused ops, nothing finished evaluated": partial(ours, rollout="data", loss="huber", loss_weighting="x0"),
+        "skip zero-weight passes": partial(released, dead_calls=False),
+        "no loops or reads on the host": partial(released, dead_calls=False, host_loops=False),
+        "clip, AdamW and EMA in one pass": partial(released, dead_calls=False, host_loops=False, one_pass=True),
+        "fused ops, skip finished rollouts": partial(ours, rollout="data", loss="huber", loss_weighting="x0"),
         "pool: one evaluation per sample": ours,
     }
     if not ON_GPU:
-        return found | {"compiled": partial(ours, compile=True)}
+        return found | {"torch.compile": partial(ours, compile=True)}
     return found | {
         "attention by shape": partial(ours, attention="auto"),
         "channels last": partial(ours, attention="auto", channels_last=True),
-        "compiled": partial(ours, attention="auto", compile=True),
+        "torch.compile": partial(ours, attention="auto", compile=True),
         "one CUDA graph": partial(ours, attention="auto", compile=True, capture="on"),
         "networks side by side": partial(ours, attention="auto", compile=True, capture="on", tandem="auto"),
     }

@@ -20,6 +20,7 @@ from benchmarks.workloads import evaluations, sd15
 from selfnpo.budget.cost import EFFICIENCY, cost_lines, count_flops, step_flops
 from selfnpo.cli import parse, run
 from selfnpo.config import check
+from selfnpo.device import matmul_peak
 from selfnpo.errors import UserError
 from selfnpo.export.run_cost import beside_steps, compute_cost, training_cost
 
@@ -72,7 +73,7 @@ def main(options: BudgetRun) -> int:
     cost = training_cost(state) | compute_cost(state, trainer.meter, flops)
     print(cost_lines(cost | {"predicted_gpu_hours": None}))  # which would be those of a stand-in
     print(beside_steps(state))
-    peak = 1e12 * cost["matmul_peak_tflops"]
+    peak = matmul_peak(state.base.device, state.base.dtype)
     predicted = state.step * step_flops(config, flops, evaluations(config)) / (EFFICIENCY * peak)
     seconds = state.seconds, state.startup_seconds, sum(state.beside.values())
     part = dict(zip(ADDED, (state.step, 1, *seconds, cost["energy_wh"], predicted), strict=True))

@@ -98,13 +98,13 @@ TABLES = {
     ),
     "guidance": Table(
         "A guided evaluation with a negative model",
-        "x: multiples of plain guidance with one model. Whole weights and LoRA are what `guide` takes; two calls: positive "
+        "x: multiples of plain guidance with one model. Full weights and LoRA are what `guide` takes; two calls: positive "
         "and negative one after the other, by hand. A picture of N steps takes N evaluations.",
         _bench("guidance"),
         (
             *_names("model", "batch"),
-            *_measured(("plain", "ms"), ("two calls", "ms"), ("whole weights", "ms"), ("LoRA", "ms")),
-            *_measured(("two calls", "x"), ("whole weights", "x"), ("LoRA", "x")),
+            *_measured(("plain", "ms"), ("two calls", "ms"), ("full weights", "ms"), ("LoRA", "ms")),
+            *_measured(("two calls", "x"), ("full weights", "x"), ("LoRA", "x")),
             NOISE,
         ),
     ),
@@ -122,7 +122,8 @@ TABLES = {
     "ops": Table(
         "The fused ops against PyTorch",
         "Float32. Eager is what one writes in PyTorch, compile the same under `torch.compile`, `randn` included where noise "
-        "is drawn. Of copy: bytes that an op must move, over its time, against `tensor.copy_` of the same tensor. "
+        "is drawn. Of copy: bytes that an op must move, over its time, against `tensor.copy_` of the same tensor; a CPU may "
+        "exceed it, up to 150 %, because it also reads each cache line that a copy overwrites, which is not counted. "
         "Predicted: those bytes at 85 % of the copy's bandwidth.",
         _bench("ops"),
         (

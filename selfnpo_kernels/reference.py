@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from selfnpo_kernels.operands import check_tensor
 from selfnpo_kernels.philox import words
 
 
@@ -163,6 +164,7 @@ def split_weights(weights: Tensor) -> tuple[Tensor, Tensor]:
 
     The bits of the two add up: bits(weights) = (bits(high) << 16) + low.
     """
+    _check_dtype("split_weights", "weights", weights, torch.float32)
     bits = weights.view(torch.int32)
     bits = torch.where(weights.isnan(), 0x7FC00000, bits)  # a NaN of all ones, as GPUs make it, would round to -0
     high = ((bits.long() + 0x8000) >> 16 << 16).to(torch.int32)
@@ -171,7 +173,15 @@ def split_weights(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def join_weights(high: Tensor, low: Tensor) -> Tensor:
     """The float32 weights that `split_weights` took apart."""
+    _check_dtype("join_weights", "high", high, torch.bfloat16)
+    _check_dtype("join_weights", "low", low, torch.int16)
     return (high.float().view(torch.int32) + low.int()).view(torch.float32)
+
+
+def _check_dtype(function: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    check_tensor(function, name, tensor)
+    if tensor.dtype != dtype:
+        raise ValueError(f"{function} got {name} of {tensor.dtype}; expected {dtype}, for example {name}.to({dtype})")
 
 
 def fused_adamw_(

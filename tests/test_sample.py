@@ -236,7 +236,7 @@ def test_a_file_takes_its_place_whole_or_not_at_all(tmp_path):
         ("unconditional", ["--beta"], "beta is empty; expected one or more values"),
         ("unconditional", ["--beta", 0.5, 1.5], "beta is 1.5; expected a value from 0 to 1, or any with --force"),
         ("unconditional", ["--beta", "inf", "--force"], "beta is inf; expected a finite number"),
-        ("unconditional", ["--alpha", 0.5], "alpha is 0.5, a share of eta, but no positive is given; pass --positive"),
+        ("unconditional", ["--alpha", 0.5], "alpha is 0.5, but it scales eta and no positive is given; pass --positive"),
         ("unconditional", ["--alpha", -1, "--positive", "x"], "alpha is -1.0; expected a value from 0 to 1"),
         ("unconditional", ["--fps", 0], "fps is 0; expected a value from 1 to 60"),
         ("unconditional", ["--num_images", 0], "num_images is 0; expected a value from 1"),

@@ -14,7 +14,6 @@ import torch
 from diffusers import ModelMixin
 from scipy import stats
 from torch import nn
-from tqdm import tqdm
 
 from selfnpo.demo.metrics import Metrics
 from selfnpo.models import PretrainedModel
@@ -93,7 +92,7 @@ def evaluate(
         samples = ddim_sample(base, start_noise(base, num_samples, seed), labels, guidance_scale, negative)
         values.setdefault(arm, {}).setdefault(guidance_scale, []).append(metrics(samples.cpu(), labels))
 
-    for seed, models in zip(tqdm(seeds, desc="replicates", disable=None), negatives, strict=True):
+    for seed, models in zip(seeds, negatives, strict=True):
         measure(NONE, 1.0, seed, base.denoiser)
         for arm, negative in ({CFG: base.denoiser} | models).items():
             for guidance_scale in guidance_scales:

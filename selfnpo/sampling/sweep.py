@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from selfnpo.mixing import mix_
 from selfnpo.models import PretrainedModel
+from selfnpo.output import progress
 from selfnpo.sampling.ddim import ddim_sample, noise_of, plain_guidance
 
 
@@ -61,7 +61,7 @@ def sweep(
     wanted = list(dict.fromkeys(wanted))
     betas = list(dict.fromkeys(method.beta for method in wanted if method.beta is not None))
     keep = deepcopy if len(betas) > 1 else lambda model: model
-    progress = tqdm(total=len(wanted) * len(batches), desc="compare", unit="batch", leave=False, disable=None)
+    bar = progress(total=len(wanted) * len(batches), desc="compare", unit="batch", leave=False)
     positive = None
     for beta in betas:
         negative = keep(trained)
@@ -76,5 +76,5 @@ def sweep(
                     model = positive if method.beta is None else negative
                     options = method.guidance_scale, model, positive, num_inference_steps, batch_size
                     yield method, numbers, ddim_sample(base, noise_of(base, index, seed), condition[index], *options)
-                progress.update()
-    progress.close()
+                bar.update()
+    bar.close()
