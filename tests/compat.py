@@ -20,14 +20,14 @@ TESTS = [
     "tests/kernels", "tests/training/test_whole_step.py", "tests/training/test_capture.py", "tests/training/test_economy.py",
     "tests/training/test_families.py",
 ]  # fmt: skip
-OLDEST = "oldest"
-# What a row fixes; the rest comes from constraints.txt, and for the oldest row from the floors in pyproject.toml. The
-# interpreter of Triton 3.6, which only tests use, fails on numpy 2.4.
+OLDEST, NEWEST = "oldest", "newest"
+# What a row fixes; the rest comes from constraints.txt, for the oldest row from the floors in pyproject.toml, and for the
+# newest row from nothing: it gets what `pip install .` gets on that day. The interpreter of Triton 3.6, which only tests use, fails on numpy 2.4.
 ROWS = {
     OLDEST: ["numpy<2.4"],
     "2.11": ["torch==2.11.0", "triton==3.6.0", "numpy<2.4"],
     "2.13": ["torch==2.13.0", "triton==3.7.1"],
-    "newest": ["torch==2.14.1"],
+    NEWEST: [],
 }
 SHOWN = ["torch", "triton", "diffusers", "transformers", "accelerate", "peft"]
 
@@ -54,7 +54,7 @@ def environment(row: str) -> Path:
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
-        if row != OLDEST:
+        if row not in (OLDEST, NEWEST):
             lines = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
             constraints.writelines(
                 line for line in lines if "==" in line and _name(line) not in {*map(_name, ROWS[row]), "triton"}
@@ -104,10 +104,14 @@ def main(names: list[str]) -> int:
 
 TEXT = """# Compatibility
 
+`pip install .` takes the newest release of every dependency, which may be newer than anything in the table below.
+`pip install -c constraints.txt .` takes the versions that all tests run with, on Python 3.11 and later. If a newer release
+fails, that is the first thing to try.
+
 `make compat` installs the oldest and the newest supported releases, each in an environment of its own, and runs the kernel
 and step tests there: every op against its reference, every Triton launch compiled as the JIT does it for sm_80, sm_90 and
 sm_100, and whole training steps in float32, bf16 and fp16, compiled or not, full weights and LoRA. `oldest` has the lowest
-versions that pyproject.toml allows. Last results, on a CPU with Python {python}:
+versions that pyproject.toml allows, `newest` what pip found on that day. Last results, on a CPU with Python {python}:
 
 {table}
 
