@@ -16,9 +16,7 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-NO_COMPILER = re.compile(
-    "No CMAKE_CXX_COMPILER could be|CMAKE_CXX_COMPILER not set|is not a full path to an existing compiler"
-)
+NO_COMPILER = re.compile("No CMAKE_CXX_COMPILER could|CMAKE_CXX_COMPILER not set|not a full path to an existing compiler")
 WITHOUT = "SELFNPO_NO_EXTENSION=1 installs without it: everything works, but slower on a CPU"
 
 

@@ -21,8 +21,9 @@ TESTS = [
     "tests/training/test_families.py",
 ]  # fmt: skip
 OLDEST, NEWEST = "oldest", "newest"
-# What a row fixes; the rest comes from constraints.txt, for the oldest row from the floors in pyproject.toml, and for the
-# newest row from nothing: it gets what `pip install .` gets on that day. The interpreter of Triton 3.6, which only tests use, fails on numpy 2.4.
+# What a row fixes. The rest comes from constraints.txt, for the oldest row from the floors in pyproject.toml, and for the
+# newest row from nothing: it gets what `pip install .` gets on that day. The interpreter of Triton 3.6, which only tests
+# use, fails on numpy 2.4.
 ROWS = {
     OLDEST: ["numpy<2.4"],
     "2.11": ["torch==2.11.0", "triton==3.6.0", "numpy<2.4"],

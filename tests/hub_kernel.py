@@ -1,8 +1,8 @@
-"""python tests/hub_kernel.py FOLDER: selfnpo_kernels as a project of Hugging Face's kernel-builder (edition 5, torch-noarch).
+"""python tests/hub_kernel.py FOLDER: selfnpo_kernels for Hugging Face's kernel-builder (edition 5, torch-noarch).
 
 A kernel of the hub is loaded from any path, in several versions at once. So imports become relative, and the ops get the
-namespace that the builder generates as `_ops.py`. Only Python goes there: Triton on GPUs, PyTorch elsewhere. The builder wants
-extensions that register ops through torch's headers; csrc/ knows no torch, so the C++ and CUDA code stays in the wheel.
+namespace that the builder generates as `_ops.py`. Only Python goes there: Triton on GPUs, PyTorch elsewhere. The builder's
+extensions register their ops through torch's headers; csrc/ knows no torch, so the C++ and CUDA code stays in the wheel.
 """
 
 import re

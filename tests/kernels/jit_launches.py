@@ -4,10 +4,10 @@ A pretended driver names the target, and `JITFunction.run(warmup=True)` binds, s
 what it would then launch. The interpreter specialises nothing, while on a GPU an argument 1 becomes a constant, which has no
 methods; and code that is compiled ahead of time has its argument types written by hand. Both miss what only the JIT does.
 
-`python tests/kernels/jit_launches.py 90` prints one line for each kernel: its variants, the registers per thread, and how many
-bytes are spilled to memory, as the machine code says it. Launches that fail follow, with the last line of their error, and the
-exit code is 1. `--json` prints the same for each variant, for tests. Run it without TRITON_INTERPRET. Triton keeps what it
-compiled under TRITON_CACHE_DIR.
+`python tests/kernels/jit_launches.py 90` prints one line for each kernel: its variants, the registers per thread, and the
+bytes that are spilled to memory, as the machine code says it. Launches that fail follow, with the last line of their error,
+and the exit code is 1. `--json` prints the same for each variant, for tests. Run it without TRITON_INTERPRET. Triton keeps
+what it compiled under TRITON_CACHE_DIR.
 """
 
 import json

@@ -41,11 +41,8 @@ def test_every_triton_launch_compiles_as_the_jit_does_it(architecture):
 
 def test_the_launches_are_told_in_a_table():
     kernel = {"kernel": "moments_kernel", "registers": 30, "spilled": 0}
-    found = {
-        "launches": 7,
-        "failures": {"moments, (3, 4)": "TypeError: no"},
-        "kernels": [kernel, kernel | {"registers": 40}],
-    }
+    kernels, failures = [kernel, kernel | {"registers": 40}], {"moments, (3, 4)": "TypeError: no"}
+    found = {"launches": 7, "failures": failures, "kernels": kernels}
     header, row, summary, failure = jit_launches.table(found).splitlines()
     assert header.split() == ["kernel", "variants", "registers", "bytes", "spilled"]
     assert row.split() == ["moments_kernel", "2", "30", "to", "40", "0"]
