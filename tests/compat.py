@@ -84,8 +84,8 @@ def tested(row: str) -> dict[str, str]:
 def known() -> dict[str, list[str]]:
     """Rows of the page as it is."""
     lines = PAGE.read_text().splitlines() if PAGE.exists() else []
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
-    return {cells[0]: cells for cells in rows}
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {cells[0]: cells for cells in rows if cells[0] in ROWS}
 
 
 def main(names: list[str]) -> int:
@@ -117,6 +117,25 @@ versions that pyproject.toml allows, `newest` what pip found on that day. Last r
 {table}
 
 The tests: `pytest {tests}`.
+
+## Python and wheels
+
+`make wheel` builds for one Python, `make wheel PYTHON=python3.12` for another: pybind11 3.1 does not support Python's stable
+ABI, so every Python from 3.10 on needs a wheel of its own. The wheel asks for the glibc of the machine that builds it or a
+newer one, and for no compiler. It shares the libgomp that torch brings, so kernels and torch use one pool of threads.
+
+On 2026-11-28 such wheels were installed into empty environments, with no compiler and no cmake on the path, and with the
+dependencies that pip chose (on 3.11, those of constraints.txt). The kernels ran there, with the same bits on one and on two
+threads:
+
+| Python | torch | triton | diffusers | transformers | numpy |
+| --- | --- | --- | --- | --- | --- |
+| 3.10.13 | 2.14.1 | 3.8.0 | 0.41.0 | 5.20.2 | 2.2.6 |
+| 3.11.7 | 2.13.0+cpu | 3.7.1 | 0.42.1 | 5.23.0 | 2.4.6 |
+| 3.12.1 | 2.14.1 | 3.8.0 | 0.42.1 | 5.24.0 | 2.5.5 |
+| 3.13.0 | 2.14.1 | 3.8.0 | 0.42.1 | 5.24.0 | 2.5.5 |
+
+`pip install .` was tried with pip 20.3, 21.2, 21.3, 22.3 and 23.2; `pip install -e .` needs pip 21.3 or newer.
 """
 
 

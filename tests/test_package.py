@@ -281,6 +281,16 @@ def test_make_alone_lists_every_target():
     assert run("make", "help", cwd=ROOT).stdout == shown
 
 
+def test_make_compat_keeps_what_is_written_by_hand():
+    spec = importlib.util.spec_from_file_location("compat", ROOT / "tests" / "compat.py")
+    spec.loader.exec_module(compat := importlib.util.module_from_spec(spec))
+    before, after = compat.TEXT.split("{python}")[0], compat.TEXT.split("{tests}")[1]
+    page = compat.PAGE.read_text()
+    assert page.startswith(before)
+    assert page.endswith(after)
+    assert compat.known().keys() == compat.ROWS.keys()
+
+
 @pytest.mark.slow
 def test_make_wheel(tmp_path, sdist):
     """Offline, with the build tools of this environment in the place of what it would install."""
