@@ -10,6 +10,7 @@ from benchmarks import compare, pages, report, results
 from benchmarks.plots import PLOTS, records
 from benchmarks.tables import COUNTED, MEASURED, PREDICTED, PUBLISHED, TABLES, to_markdown
 from selfnpo.demo.evaluation import CFG, SELF_NPO
+from selfnpo.demo.config import 
 from selfnpo.demo.evaluation import load as load_evaluation
 from selfnpo.errors import UserError
 
