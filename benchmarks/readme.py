@@ -1,6 +1,6 @@
 """python -m benchmarks.readme: the tables of README.md, from results files and docs/evaluation/evaluation.json.
 
-A table lies between two comments, of which the first says what it shows:
+A table is enclosed by two comments. The first one says what it shows:
 
     <!-- table ladder; columns: step, speed; rows: full -->
     <!-- picture ladder -->
@@ -9,8 +9,8 @@ A table lies between two comments, of which the first says what it shows:
     ...
     <!-- end -->
 
-`columns` are shown besides those that name rows, by default all; `rows` are those that have the text in one of their names.
-Of every device the newest file under version control is taken, GPUs first.
+`columns` lists the columns to show in addition to those that name rows; the default is all. `rows` keeps rows with this text
+in one of their names. For every device the newest file under version control is used, GPUs first.
 """
 
 import re
@@ -31,13 +31,13 @@ BLOCK = re.compile(r"(<!-- (table|picture|reports|evaluation)(?: ([^\n]*?))? -->
 
 
 def tracked() -> list[Path]:
-    """The results files under version control; of a copy without it, all."""
+    """The results files under version control, or all of them in a copy without git."""
     listed = git("ls-files", "benchmarks/results/*.json")
     return sorted(RESULTS.glob("*/*.json") if listed == UNKNOWN else map(ROOT.joinpath, listed.splitlines()))
 
 
 def files() -> list[Path]:
-    """One per device."""
+    """The newest results file of each device."""
     devices = groupby(tracked(), key=lambda path: path.parent)
     found = [newest([*paths]) for _, paths in devices]
     return sorted(found, key=lambda path: load(path)["environment"]["gpu"] == "none")
@@ -73,7 +73,7 @@ def evaluation(_: str) -> str:
 
 
 def generated(text: str) -> str:
-    """`text` with its tables made anew."""
+    """`text` with its tables regenerated."""
     makers = {"table": table, "picture": picture, "reports": reports, "evaluation": evaluation}
 
     def replaced(match: re.Match[str]) -> str:

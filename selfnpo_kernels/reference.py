@@ -69,7 +69,7 @@ def philox_normal(
 ) -> Tensor:
     """Standard normal noise of `shape` = `[B, ...]` by Box-Muller, on the device of `sample_ids` (`[B]`, integer).
 
-    Uniform numbers and angles are rounded to float32 in every precision. So a float64 result is the same noise, only with more
+    Uniform numbers and angles are rounded to float32 in every precision. So a float64 result is the same noise, only with
     exact logarithms and cosines.
     """
     elements = math.prod(shape[1:])

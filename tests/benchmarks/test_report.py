@@ -117,7 +117,7 @@ def test_what_a_comparison_refuses(saved, tmp_path):
         ((old,), "got 1 files; expected two"),
         ((old, tmp_path / "none.json"), "could not be read as JSON: .*No such file"),
         ((old, tmp_path / "text.json"), "could not be read as JSON"),
-        ((old, tmp_path / "list.json"), "is no results file; expected one of benchmarks/results"),
+        ((old, tmp_path / "list.json"), "is not a results file; expected one of benchmarks/results"),
     ):
         with pytest.raises(UserError, match=message):
             compare.main([str(each) for each in arguments])
