@@ -1,7 +1,7 @@
 """A training step that computes what the authors' released code computes, for comparison. Data loading is left out.
 
 The reference takes six steps, and the sixth gives the target. Each step calls it for the prompt and, separately, for the
-null prompt. Every sample is evaluated to the end, even a finished one. Weights are float32 under autocast. Values that differ
+null prompt. Every sample is evaluated to the end, even a finished one. Weights are float32 under autocast. Values that vary
 per sample are looked up in a loop on the host, noise comes from torch.randn, and formulas run in eager PyTorch. Clipping,
 AdamW and a moving average (a Python loop) run one after the other, and the host reads the loss in every step. Substituted:
 latents are random instead of encoded images, AdamW is PyTorch's default instead of an 8-bit one, autocast is to bfloat16
