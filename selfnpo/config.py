@@ -124,7 +124,7 @@ class TrainConfig(SampleOptions, ModelOptions):
     num_validation_images: int = 4
     """Images of a grid per method."""
     validation_guidance_scale: float | None = None
-    """w + 1 of the sample grids; by default the family's usual one."""
+    """Guidance scale of the sample grids, as in diffusers; by default the family's usual one."""
 
     compile: bool = False
     """Compile reference and student with torch.compile."""

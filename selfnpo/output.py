@@ -120,18 +120,17 @@ class Lines:
         tqdm.write(str(self), file=sys.stderr)  # above the bars of a terminal
 
     def __str__(self) -> str:
-        seconds, done = time.monotonic() - self.started, self.n - self.initial
-        passed = f"{tqdm.format_interval(seconds)} passed"
-        if self.total is None:
-            return f"{self.desc}: {passed}"
-        units = f"{self.unit}{'es' if self.unit.endswith('ch') else 's'}"
-        parts = [f"{self.n:,} of {self.total:,} {units}", passed]
-        if done and seconds:
-            rate = done / seconds
+        seconds, units = time.monotonic() - self.started, f"{self.unit}{'es' if self.unit.endswith('ch') else 's'}"
+        rate = (self.n - self.initial) / max(seconds, 1e-9)
+        parts = []
+        if self.total is not None:
+            parts.append(f"{self.n:,} of {self.total:,} {units}")
+        parts.append(f"{tqdm.format_interval(seconds)} passed")
+        if rate:
             if self.n < self.total:
                 parts.append(f"{tqdm.format_interval((self.total - self.n) / rate)} left")
-            parts += [f"{rate:.3g} {units}/s" if rate > 1 else f"{1 / rate:.3g} s per {self.unit}"]
-        return f"{self.desc}: {', '.join([*parts, *filter(None, [self.postfix])])}"
+            parts.append(f"{rate:.3g} {units}/s" if rate > 1 else f"{1 / rate:.3g} s per {self.unit}")
+        return f"{self.desc}: {', '.join(filter(None, (*parts, self.postfix)))}"
 
     def __iter__(self) -> Iterator[Any]:
         with self:

@@ -4,14 +4,14 @@ import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from selfnpo.cli import parse, run
 from selfnpo.errors import UserError
 from selfnpo.inputs.prompts import NONE, read_prompts
 from selfnpo.models import Source
 from selfnpo.models.origin import check_exists
-from selfnpo.sampling.config import ON_A_SHEET, SampleConfig, check, settings_of
+from selfnpo.sampling.config import ON_A_SHEET, SampleConfig, check
 
 if TYPE_CHECKING:
     from selfnpo.sampling.folder import SampleFolder
@@ -42,7 +42,7 @@ def output_file(config: SampleConfig, is_video: bool) -> Path:
     return output
 
 
-def output_folder(config: SampleConfig, settings: dict[str, Any], is_video: bool) -> "SampleFolder":
+def output_folder(config: SampleConfig, is_video: bool) -> "SampleFolder":
     """Where single files go.
 
     Raises:
@@ -52,7 +52,7 @@ def output_folder(config: SampleConfig, settings: dict[str, Any], is_video: bool
     from selfnpo.sampling.video import check_video
 
     suffix = f".{config.video_format or 'gif'}" if is_video else ".png"
-    folder = SampleFolder(config.output_dir, settings, suffix)
+    folder = SampleFolder(config.output_dir, suffix)
     check_video(folder.path("", 0))
     folder.check(config.overwrite)
     return folder
@@ -102,17 +102,13 @@ def main(config: SampleConfig) -> None:
         raise UserError(f"video_format is {config.video_format}, but there are no videos in an output_dir; leave it out")
     usual = (10 if config.is_sweep else 80) if source.is_demo else 1 if is_video else 4
     count = image_count(config, prompts, usual)
-    settings = settings_of(config, prompts, config.guidance_scale or (source.family.guidance_scale,), source.is_demo)
-    output = output_file(config, is_video) if config.output_dir is None else output_folder(config, settings, is_video)
-    if isinstance(output, SampleFolder) and not config.overwrite and output.is_complete(count):
-        print(f"nothing to do: {output.folder} already holds all {count} samples of every method")
-        return
+    output = output_file(config, is_video) if config.output_dir is None else output_folder(config, is_video)
     for name in filter(None, (config.negative, config.positive)):
         check_negative(name, source)
 
     dtype, host = dtype_of(config.mixed_precision), torch.device("cpu")  # where the models are mixed
     base = load_pretrained(config, config, further_prompts=prompts, dtype=dtype, weights_device=host)
-    comparison = Comparison(config, base, prompts, count, settings)
+    comparison = Comparison(config, base, prompts, count)
     if isinstance(output, SampleFolder):
         comparison.save_folder(output)
     else:

@@ -104,7 +104,7 @@ def test_the_demo_judges_its_negative_and_shows_it(tmp_path, monkeypatch, capsys
     assert set(RESULTS) - {"tensorboard", "wandb", "samples"} <= {path.name for path in (tmp_path / "out").iterdir()}
     said = capsys.readouterr().out
     assert said.startswith("no model of your own is given (--pretrained_model_name_or_path): training the embedded demo\n")
-    assert "w = 2" in said
+    assert "guidance_scale = 3" in said
     report = (tmp_path / "out" / "report.md").read_text()
     assert "recall" in report
     assert "30 steps of 128 samples" in report

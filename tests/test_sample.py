@@ -55,9 +55,9 @@ def shown(monkeypatch):
     """What the pictures were made of: title to images, and (name of the row, name of the column) to images."""
     found = {}
     for name in ("selfnpo.sample", "selfnpo.training.validation"):
-        monkeypatch.setattr(f"{name}.save_comparison", lambda path, panels, *_: found.update(panels))
+        monkeypatch.setattr(f"{name}.save_comparison", lambda path, panels, *_, **__: found.update(panels))
 
-    def keep(path, cells, rows, columns, *_):
+    def keep(path, cells, rows, columns, *_, **__):
         for row, images in zip(rows, cells, strict=True):
             found.update(zip([(row, column) for column in columns], images, strict=True))
 
@@ -86,14 +86,15 @@ def test_a_cell_of_a_sweep_is_the_comparison_at_its_values(sample, perturbed, sh
     assert sample(family, *flags, "--guidance_scale", 1.5, 3, "--beta", 1, 0.3, 0.6, "--num_images", 3) == 0
     cells = dict(shown)
     assert len(cells) == 2 * 4
-    for scale, w in ((1.5, "w = 0.5"), (3, "w = 2")):
+    for scale in (1.5, 3):
         for beta in (1, 0.3, 0.6):
             shown.clear()
             assert sample(family, *flags, "--guidance_scale", scale, "--beta", beta, "--num_images", 3) == 0
-            plain, guided = (f"plain guidance (CFG), {w}", f"negative, beta = {beta}{share}, {w}")
+            at = f", guidance_scale = {scale}"
+            plain, guided = f"plain guidance (CFG){at}", f"negative, beta = {beta}{share}{at}"
             assert shown.keys() == {plain, guided}
-            assert cells[w, f"negative, beta = {beta}{share}"].equal(shown[guided])
-            assert cells[w, "plain guidance (CFG)"].equal(shown[plain])
+            assert cells[f"guidance_scale\n{scale}", f"negative, beta = {beta}{share}"].equal(shown[guided])
+            assert cells[f"guidance_scale\n{scale}", "plain guidance (CFG)"].equal(shown[plain])
             assert not shown[plain].equal(shown[guided])
 
 
@@ -106,7 +107,7 @@ def test_plain_guidance_is_of_the_base_alone_and_sampled_once_per_scale(sample, 
     condition = base.asked(2)[torch.arange(4) % 2]
     for scale in (2, 5):
         expected = ddim_sample(base, start_noise(base, 4, 0), condition, scale, num_inference_steps=STEPS)
-        torch.testing.assert_close(shown[f"w = {scale - 1}", "plain guidance (CFG)"], decode_samples(base, expected))
+        torch.testing.assert_close(shown[f"guidance_scale\n{scale}", "plain guidance (CFG)"], decode_samples(base, expected))
 
 
 def test_without_a_condition_there_is_the_base_in_place_of_plain_guidance(sample, shown, models, perturbed, monkeypatch):
@@ -114,25 +115,26 @@ def test_without_a_condition_there_is_the_base_in_place_of_plain_guidance(sample
     null = torch.zeros(4, dtype=torch.int64)
     expected = ddim_sample(base, start_noise(base, 4, 0), null, 1.0, num_inference_steps=STEPS)
     assert sample("unconditional") == 0
-    assert shown["the base itself, w = 0"].equal(expected)
-    assert "negative, beta = 1, w = 1" in shown
+    assert shown["the base itself, no guidance"].equal(expected)
+    assert "negative, beta = 1, guidance_scale = 2" in shown
     calls = []
     monkeypatch.setattr(sweep, "ddim_sample", lambda *args: calls.append(args) or ddim_sample(*args))
     assert sample("unconditional", "--guidance_scale", 2, 5) == 0
     assert len(calls) == 2 + 1
-    assert all(shown[f"w = {w}", "the base itself, w = 0"].equal(expected) for w in (1, 4))
+    assert all(shown[f"guidance_scale\n{scale}", "the base itself, no guidance"].equal(expected) for scale in (2, 5))
     assert sample("unconditional", "--positive", perturbed("unconditional", seed=2)) == 0
-    assert not shown["the positive itself, w = 0"].equal(expected)
+    assert not shown["the positive itself, no guidance"].equal(expected)
 
 
 @pytest.mark.parametrize(
     ("family", "prompts", "title"),
     [
-        ("unconditional", (), "the base itself, w = 0"),
-        ("stable_diffusion", (), "the base itself, w = 0"),
-        ("stable_diffusion", ("a cat",), "plain guidance (CFG), w = 6.5"),
-        ("stable_diffusion_xl", (), "plain guidance (CFG), w = 4"),  # whose null condition is not the empty prompt
-        ("class_conditional", (), "plain guidance (CFG), w = 3"),
+        ("unconditional", (), "the base itself, no guidance"),
+        ("stable_diffusion", (), "the base itself, no guidance"),
+        ("stable_diffusion", ("a cat",), "plain guidance (CFG), guidance_scale = 7.5"),
+        # Its null condition is not the empty prompt.
+        ("stable_diffusion_xl", (), "plain guidance (CFG), guidance_scale = 5"),
+        ("class_conditional", (), "plain guidance (CFG), guidance_scale = 4"),
     ],
 )
 def test_grids_of_a_run_name_what_they_show(models, tmp_path, shown, family, prompts, title):
@@ -140,7 +142,7 @@ def test_grids_of_a_run_name_what_they_show(models, tmp_path, shown, family, pro
     save_grid(tmp_path / "grid.png", trainer.state)
     plain, guided = shown
     assert plain == title
-    assert guided.startswith("negative of step 0, w = ")
+    assert guided.startswith("negative of step 0, guidance_scale = ")
 
 
 def test_beta_outside_its_range_is_forced(sample, shown):

@@ -15,13 +15,11 @@ from diffusers import ModelMixin
 from scipy import stats
 from torch import nn
 
+from selfnpo.demo.config import CFG, NONE
 from selfnpo.demo.metrics import Metrics
 from selfnpo.models import PretrainedModel
 from selfnpo.output import progress
 from selfnpo.sampling.ddim import ddim_sample, start_noise
-
-NONE, CFG, SELF_NPO = "none", "cfg", "self-npo"
-SEEDS = (20, 21, 22, 23, 24, 25)  # of what is reported; settings were chosen with others
 
 
 @dataclass(frozen=True)

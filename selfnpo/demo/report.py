@@ -1,12 +1,15 @@
 """What an evaluation says, as a table, in sentences and as a picture."""
 
+import itertools
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from selfnpo.demo.evaluation import CFG, NONE, SELF_NPO, Estimate, Evaluation
+from selfnpo.demo.config import CFG, NONE, SELF_NPO
+from selfnpo.demo.evaluation import Estimate, Evaluation
 from selfnpo.demo.metrics import HIGHER_IS_BETTER, METRICS
 from selfnpo.figures import save_figure
+from selfnpo.sampling.ddim import title
 
 LABELS = {
     NONE: "no guidance",
@@ -31,27 +34,27 @@ about another base or other digits.
 
 
 def _name(arm: str, scale: float) -> str:
-    return LABELS[arm] if arm == NONE else f"{LABELS[arm]}, w = {scale - 1:g}"
+    return LABELS[arm] if arm == NONE else title(LABELS[arm], scale)
 
 
 def table(evaluation: Evaluation) -> str:
-    """Every arm at every w."""
-    lines = ["| negative model | w | " + " | ".join(METRICS) + " |", "| --- " * (len(METRICS) + 2) + "|"]
+    """Every arm at every guidance scale."""
+    lines = ["| negative model | guidance_scale | " + " | ".join(METRICS) + " |", "| --- " * (len(METRICS) + 2) + "|"]
     for arm, by_scale in evaluation.values.items():
         for scale in by_scale:
             cells = [f"{evaluation.estimate(arm, scale, metric)}" for metric in METRICS]
-            lines.append(f"| {LABELS[arm]} | {scale - 1:g} | " + " | ".join(cells) + " |")
+            lines.append(f"| {LABELS[arm]} | {scale:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def difference_table(evaluation: Evaluation, baseline: str = CFG) -> str:
-    """Self-NPO minus `baseline` at equal w, noise and labels: losses in bold, what is not decided in parentheses."""
+    """Self-NPO minus `baseline` at equal scale, noise and labels: losses in bold, what is not decided in parentheses."""
     lines = [f"| Self-NPO minus {LABELS[baseline]} | " + " | ".join(METRICS) + " |", "| --- " * (len(METRICS) + 1) + "|"]
     for scale in evaluation.guidance_scales:
         differences = {metric: evaluation.difference(SELF_NPO, scale, metric, baseline) for metric in METRICS}
         marks = {True: "{:+}", False: "**{:+}**", None: "({:+})"}
         cells = [marks[wins(each, metric)].format(each) for metric, each in differences.items()]
-        lines.append(f"| w = {scale - 1:g} | " + " | ".join(cells) + " |")
+        lines.append(f"| guidance_scale = {scale:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -69,12 +72,13 @@ def verdict(evaluation: Evaluation) -> str:
             d = evaluation.difference(SELF_NPO, scale, metric)
             found[wins(d, metric)].append(f"{metric} ({d:+})")
         better, worse, undecided = (", ".join(names) or "nothing" for names in found.values())
-        sentences.append(f"- **w = {scale - 1:g}**: Self-NPO wins in {better}; loses in {worse}; not decided: {undecided}.")
+        where = f"guidance_scale = {scale:g}"
+        sentences.append(f"- **{where}**: Self-NPO wins in {better}; loses in {worse}; not decided: {undecided}.")
     return "\n".join(sentences)
 
 
 def best(evaluation: Evaluation) -> str:
-    """The method and w with the best mean in each metric, and those whose difference to it is not decided."""
+    """The method and guidance scale with the best mean in each metric, and those whose difference to it is not decided."""
     points = [(arm, scale) for arm in (NONE, CFG, SELF_NPO) for scale in evaluation.values[arm]]
     choices = []
     for metric in METRICS:
@@ -83,14 +87,14 @@ def best(evaluation: Evaluation) -> str:
         equal = [point for point in ranked if evaluation.difference(*ranked[0], metric, *point).holds_zero()]
         names = [f"{_name(*point)} ({evaluation.estimate(*point, metric)})" for point in equal]
         choices.append(f"- {metric}: {' or '.join(names) if len(equal) < len(points) else 'not decided'}")
-    title = "Best of no guidance, CFG and Self-NPO over all w measured here, or what is not told apart from it:"
-    return "\n".join((title, "", *choices))
+    head = "Best of no guidance, CFG and Self-NPO over all guidance scales measured here, or what is not told apart from it:"
+    return "\n".join((head, "", *choices))
 
 
 def explain(evaluation: Evaluation, one_negative: bool) -> str:
     """How the numbers were made; `one_negative` says that no replicate trained its own."""
     return (
-        f"{evaluation.num_samples} samples per arm and w, {len(evaluation.seeds)} replicates (seeds "
+        f"{evaluation.num_samples} samples per method and guidance scale, {len(evaluation.seeds)} replicates (seeds "
         f"{', '.join(map(str, evaluation.seeds))}). Mean ± half the width of its 95 % interval (Student's t over the "
         "replicates; of a single one there is none, and nothing is decided). "
         + (
@@ -112,18 +116,26 @@ def panel_title(evaluation: Evaluation, arm: str, scale: float) -> str:
 
 
 def save_precision_recall(evaluation: Evaluation, path: Path) -> None:
-    """Precision over recall, one line per negative model along w."""
-    figure, axis = plt.subplots(figsize=(7, 5.2), layout="constrained")
+    """Precision over recall, one line per negative model along the guidance scale."""
+    figure, axis = plt.subplots(figsize=(10, 5.2), layout="constrained")
+    scales = [1.0, *evaluation.guidance_scales]
+    shapes = dict(zip(scales, itertools.cycle("Dos^vPX"), strict=False))
     for arm, by_scale in evaluation.values.items():
         recall, precision = (
             [evaluation.estimate(arm, scale, metric).mean for scale in by_scale] for metric in ("recall", "precision")
         )
-        axis.plot(recall, precision, "o-", label=LABELS[arm], linewidth=2.4 if arm == SELF_NPO else 1.4)
+        # Fresh rollouts lie on Self-NPO's own line.
+        style = {SELF_NPO: {"linewidth": 4, "alpha": 0.6}, "fresh": {"linestyle": "--", "zorder": 3}}.get(arm, {})
+        (line,) = axis.plot(recall, precision, label=LABELS[arm] if arm != NONE else "_", **style)
         for scale, x, y in zip(by_scale, recall, precision, strict=True):
-            axis.annotate(f"{scale - 1:g}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+            color = "black" if arm == NONE else line.get_color()
+            axis.plot(x, y, shapes[scale], color=color, markersize=9 if arm == SELF_NPO else 6)
     axis.set_xlabel("recall: variety")
     axis.set_ylabel("precision: faithfulness")
-    axis.set_title("Guidance weight w trades variety for faithfulness (numbers: w)")
+    axis.set_title("Guidance trades variety for faithfulness: up and to the right is better")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=9)
+    figure.legend(fontsize=9, loc="outside right upper", title="negative model")
+    handles = [plt.Line2D([], [], marker=shapes[scale], color="black", linestyle="") for scale in scales]
+    names = [LABELS[NONE] if scale == 1 else f"guidance_scale = {scale:g}" for scale in scales]
+    figure.legend(handles, names, fontsize=9, loc="outside right lower")
     save_figure(figure, path)

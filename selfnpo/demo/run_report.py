@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from selfnpo.demo import report
-from selfnpo.demo.evaluation import CFG, NONE, SEEDS, SELF_NPO, evaluate
+from selfnpo.demo.config import CFG, NONE, SEEDS, SELF_NPO
+from selfnpo.demo.evaluation import evaluate
 from selfnpo.demo.metrics import Metrics
 from selfnpo.export.negative import add_picture
 from selfnpo.export.run_cost import save_metrics, training_cost
@@ -34,12 +35,15 @@ def demo_report(state: TrainState, status: str, compute: dict[str, Any]) -> str:
     labels = torch.arange(60) % base.num_conditions
     noise = start_noise(base, len(labels), state.config.seed)
     real = torch.stack([held_out.images[held_out.labels == label][:6] for label in range(10)], dim=1).flatten(0, 1)
-    panels = [("real digits, held out", real)]
+    panels = [("real digits\nof the half that the model was not trained on", real)]
     for arm, scale, negative in ((NONE, 1.0, None), (CFG, 3.0, None), (SELF_NPO, 3.0, state.model)):
         title = report.panel_title(evaluation, arm, scale)
         panels.append((title, ddim_sample(base, noise, labels, scale, negative)))
-    caption = "equal positions of the generated digits start from equal noise; columns ask for 0 to 9"
-    save_comparison(output_dir / "comparison.png", panels, base.num_conditions, caption)
+    caption = (
+        "Columns ask for the digits 0 to 9. Equal positions of the generated panels start from equal noise. FD: distance to "
+        "real digits, lower is better. Precision: faithfulness, recall: variety, higher is better."
+    )
+    save_comparison(output_dir / "comparison.png", panels, base.num_conditions, caption, [*map(str, labels.tolist())])
     verdict = report.verdict(evaluation)
     save_metrics(state, status, compute, evaluation.values)
     add_picture(state, status, output_dir / "comparison.png", evaluation.values)

@@ -30,8 +30,8 @@ python -m selfnpo.sample {base} --negative {negative} \\
 ```
 
 {diffusers}{comfyui}`--beta` weakens it (theta + beta delta), `--positive` and `--alpha` combine it with a fine-tuned
-positive model (theta + alpha eta + beta delta), `--guidance_scale` is w + 1; it was shown with alpha = 1, beta = 1,
-w = {w:g}."""
+positive model (theta + alpha eta + beta delta). The samples of its training were made with alpha = 1, beta = 1 and
+guidance_scale = {scale:g}."""
 
 _IN_DIFFUSERS = """\
 or in a pipeline of diffusers:
@@ -60,9 +60,9 @@ give it to *Dual Model CFG Guider* as the negative model.
 """
 
 _FORMULAS = {  # by what a condition is
-    "prompts": 'eps = (w + 1) eps_base(x, t, prompt) - w eps_negative(x, t, "")',
-    "classes": "eps = (w + 1) eps_base(x, t, class) - w eps_negative(x, t, no class)",
-    "": "eps = (w + 1) eps_base(x, t) - w eps_negative(x, t)",
+    "prompts": 'eps_negative(x, t, "") + guidance_scale * (eps_base(x, t, prompt) - eps_negative(x, t, ""))',
+    "classes": "eps_negative(x, t, no class) + guidance_scale * (eps_base(x, t, class) - eps_negative(x, t, no class))",
+    "": "eps_negative(x, t) + guidance_scale * (eps_base(x, t) - eps_negative(x, t))",
 }
 
 
@@ -100,7 +100,6 @@ def model_card(config: TrainConfig, source: Source, card: Card) -> str:
             scale=scale,
             diffusers=in_diffusers if family.takes_prompts and is_pipeline else "",
             comfyui=_in_comfyui(family, card.lora_file),
-            w=scale - 1,
         ),
         f"## Cost\n\nEnded: {card.status}.\n\n" + _table(card.cost),
         "## Metrics\n\n" + (_quality(card.quality) if card.quality else "Its samples were not judged."),
@@ -174,7 +173,7 @@ def _quality(quality: dict[str, Any]) -> str:
         for arm, scales in quality.items()
         for scale, replicates in scales.items()
     ]
-    return "\n".join(("| negative | w + 1 | first replicate |", "| --- | --- | --- |", *rows))
+    return "\n".join(("| negative | guidance_scale | first replicate |", "| --- | --- | --- |", *rows))
 
 
 def _text(value: Any) -> str:

@@ -31,7 +31,7 @@ class Guidance:
     Args:
         component: name of the denoiser in the pipeline.
         description: describes the negative in messages.
-        extrapolation: w + 1 if the pipeline has no guidance of its own, else None.
+        extrapolation: the guidance scale if the pipeline has no guidance of its own, else None.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ REFUSED = {
     "PAG": "guides with perturbed attention, which adds another part to the batch",
     "LEdits": "guides with one branch per edit",
 }
-EXTRAPOLATION = 2.0  # default w + 1 for pipelines without guidance
+EXTRAPOLATION = 2.0  # default guidance scale for pipelines without guidance
 
 
 def guide(
@@ -54,12 +54,12 @@ def guide(
 
     Args:
         pipe: a pipeline, modular or not, with a `unet` or a `transformer`, that guides in one batch or in two calls. An
-            unconditional pipeline is extrapolated: its output becomes (w + 1) positive - w negative.
+            unconditional pipeline is extrapolated: its output becomes negative + guidance_scale * (positive - negative).
         negative: theta + delta, where the pipeline is theta: a folder, a hub id, a LoRA file, or a denoiser.
         alpha: share of eta in the negative, in [0, 1]; needs `positive`.
         beta: share of delta in the negative, in [0, 1].
         positive: theta + eta, which replaces the pipeline's own denoiser in the positive branch; same forms as `negative`.
-        guidance_scale: w + 1 of unconditional pipelines, 2 by default; other pipelines take it in their own call.
+        guidance_scale: for unconditional pipelines, 2 by default; other pipelines take it in their own call.
         mode: "alternate" for pipelines that call the denoiser twice per step, the second time without the prompt, and do not
             use diffusers' cache contexts.
         force: allow alpha and beta outside [0, 1].
@@ -95,7 +95,7 @@ def guide(
 def _extrapolation(
     pipe: DiffusionPipeline | ModularPipeline, denoiser: ModelMixin, guidance_scale: float | None
 ) -> float | None:
-    """w + 1 if the pipeline has no guidance of its own, else None."""
+    """The guidance scale if the pipeline has no guidance of its own, else None."""
     call, forward = (inspect.signature(each).parameters for each in (type(pipe).__call__, type(denoiser).forward))
     if "guidance_scale" in call or "encoder_hidden_states" in forward:
         if guidance_scale is not None:

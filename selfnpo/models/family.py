@@ -36,7 +36,7 @@ class Family(ABC):
     )
     repeated_blocks: ClassVar[tuple[str, ...]] = ("ResnetBlock2D", "BasicTransformerBlock")  # classes, to compile by
     has_xformers: ClassVar[bool] = True  # whether its attention has an xformers form in diffusers
-    guidance_scale: ClassVar[float] = 7.5  # w + 1 of pictures
+    guidance_scale: ClassVar[float] = 7.5  # of pictures
     base_model_version: ClassVar[str] = (
         ""  # `ss_base_model_version` of kohya's LoRA files; empty: ComfyUI knows no such LoRA
     )

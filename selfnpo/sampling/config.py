@@ -1,12 +1,8 @@
 """The settings of `python -m selfnpo.sample`."""
 
-import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import arg
 
@@ -15,9 +11,6 @@ from selfnpo.inputs.prompts import NONE
 from selfnpo.options import MixOptions, ModelOptions, Precision, SampleOptions
 
 ON_A_SHEET = 1000  # images of a method that a contact sheet shows at most
-# Settings on which no sample depends.
-OF_OUTPUT = ("prompt", "prompts", "num_images", "batch_size", "output", "output_dir", "overwrite", "fps", "video_format")
-LOADED = ("pretrained_model_name_or_path", "denoiser_name_or_path", "lora_name_or_path", "negative", "positive")
 
 
 @dataclass(frozen=True)
@@ -51,8 +44,7 @@ class SampleConfig(MixOptions, SampleOptions, ModelOptions):
     """Contact sheet to write: .png, of videos also .gif or .mp4. By default samples.png (samples.gif of videos), or
     samples-2.png and so on where that exists."""
     output_dir: Path | None = None
-    """Write one file per image into this folder instead, in cfg/ and negative/ under equal names; the same command again
-    goes on where it was stopped."""
+    """Write one file per image into this folder instead: cfg/0000.png, negative/0000.png and so on."""
     video_format: Literal["gif", "mp4"] | None = None
     """Format of the videos in output_dir; by default gif."""
     overwrite: bool = False
@@ -90,22 +82,3 @@ def check(config: SampleConfig) -> None:
     for one, other in (("prompt", "prompts"), ("output", "output_dir")):
         if all(getattr(config, name) not in (None, (), NONE) for name in (one, other)):
             raise UserError(f"{one} and {other} are both given; leave one of the two out")
-
-
-def settings_of(config: SampleConfig, prompts: Sequence[str], scales: Sequence[float], is_demo: bool) -> dict[str, Any]:
-    """All that the samples depend on, in JSON's types."""
-    values = {name: value for name, value in asdict(config).items() if name not in OF_OUTPUT and value is not None}
-    values |= {name: str(value) for name, value in values.items() if isinstance(value, Path)}
-    values |= {"guidance_scale": scales, "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
-    for name in LOADED:
-        if not (is_demo and name == "pretrained_model_name_or_path") and (date := _modified(values.get(name))):
-            values[f"{name}_modified"] = date
-    return values
-
-
-def _modified(name: str | None) -> str | None:
-    """When the weights of a model on this machine were last written: a model that is trained again is another one."""
-    path = Path(name or "")
-    files = [path] if path.is_file() else [*path.rglob("*.safetensors")] if name and path.is_dir() else []
-    newest = max((file.stat().st_mtime for file in files), default=None)
-    return None if newest is None else datetime.fromtimestamp(newest).isoformat()

@@ -11,10 +11,10 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from selfnpo.files import committed_file
-from selfnpo.sampling.text import Font, font, line_height, wrap
+from selfnpo.sampling.text import INK, Font, draw_lines, font, line_height, wrap
 
-SMALLEST, WIDEST, TALLEST = 1100, 4096, 8192  # pixels of a sheet's images: smaller ones are enlarged, larger ones reduced
-WHITE, GRAY, INK, FADED = (255, 255, 255), (90, 90, 90), (0, 0, 0), (70, 70, 70)
+SMALLEST, WIDEST, TALLEST = 1200, 4096, 8192  # pixels of a sheet's images: smaller ones are enlarged, larger ones reduced
+WHITE, GRAY, FADED = (255, 255, 255), (90, 90, 90), (70, 70, 70)
 PROMPT_LINES = 2  # of a prompt below an image
 
 
@@ -55,7 +55,8 @@ class Sheet:
 
     @property
     def gap(self) -> int:
-        return max(2, self.size[1] // 64)
+        width = self.size[1]
+        return max(2, min(6, width // 8), width // 64)
 
     @property
     def width(self) -> int:
@@ -89,7 +90,7 @@ class Sheet:
 
     @cached_property
     def label_lines(self) -> list[list[str]]:
-        room = self.frames * self.size[1]
+        room = self.frames * self.size[1] - 2 * self.gap
         return [wrap(label, self.label_font, room, PROMPT_LINES) for label in self.shown_labels]
 
     @property
@@ -114,15 +115,13 @@ class Sheet:
             if strip and frame == 0 and (row == 0 or not head):
                 middle = x + (self.frames * (width + self.gap) - self.gap) / 2
                 top = 0 if head else y + height + self.gap // 2
-                for line in self.label_lines[sample]:
-                    draw.text((middle, top), line, fill=INK, font=self.label_font, anchor="ma")
-                    top += line_height(self.label_font)
+                draw_lines(draw, (middle, top), self.label_lines[sample], self.label_font)
         return canvas
 
     def caption(self, caption: str) -> str:
         """`caption`, with the label of all images and the size at which they are shown."""
-        width = self.shape[1]
-        scale = f"shown at {self.size[1]} of {width} pixels width" if self.size[1] < width else ""
+        (height, width), (tall, wide) = self.shape, self.size
+        scale = f"images reduced from {width}x{height} to {wide}x{tall} pixels" if wide < width else ""
         label = f"“{self.labels[0]}”" if self.labels and self.labels[0] and not self.shown_labels else ""
         return " | ".join(filter(None, (label, caption, scale)))
 
@@ -194,17 +193,15 @@ def _save(
     for number, (row, head) in enumerate(zip(rows, heads, strict=True)):
         for column, (_, images) in enumerate(row):
             x = left + column * (sheet.width + apart)
-            for place, line in enumerate(titles[number][column]):
-                top = y + place * line_height(letters)
-                draw.text((x + sheet.width // 2, top), line, fill=INK, font=letters, anchor="ma")
+            draw_lines(draw, (x + sheet.width // 2, y), titles[number][column], letters)
             canvas.paste(sheet.panel(images), (x, y + head))
         if row_names:
             middle = (margin + (left - 2 * margin) // 2, y + head + tall // 2)
-            draw.multiline_text(middle, row_names[number], fill=INK, font=letters, anchor="mm", align="center")
+            draw.multiline_text(
+                middle, row_names[number], INK, letters, anchor="mm", align="center", spacing=sheet.text_size // 2
+            )
         y += head + tall + apart
-    for line in lines:
-        draw.text((width // 2, y), line, fill=FADED, font=small, anchor="ma")
-        y += line_height(small)
+    draw_lines(draw, (width // 2, y), lines, small, FADED)
     save_png(path, canvas, text)
 
 

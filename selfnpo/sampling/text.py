@@ -4,9 +4,10 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 
-from PIL import ImageFont
+from PIL import ImageDraw, ImageFont
 
 ELLIPSIS = "…"
+INK = (0, 0, 0)
 Font = ImageFont.FreeTypeFont
 
 
@@ -41,3 +42,12 @@ def wrap(text: str, of: Font, width: float, lines: int) -> list[str]:
         found.append(shorten(words[0], of, width) if count == 1 else " ".join(words[:count]))
         words = words[count:]
     return [*found, shorten(" ".join(words), of, width)] if words else found
+
+
+def draw_lines(
+    draw: ImageDraw.ImageDraw, middle: tuple[float, float], lines: list[str], of: Font, color: tuple[int, int, int] = INK
+) -> None:
+    """Lines of text below each other, centred below the point `middle`."""
+    x, y = middle
+    for number, line in enumerate(lines):
+        draw.text((x, y + number * line_height(of)), line, fill=color, font=of, anchor="ma")

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from selfnpo.errors import UserError
 from selfnpo.files import committed_file
-from selfnpo.sampling.text import font, line_height, shorten, wrap
+from selfnpo.sampling.text import draw_lines, font, line_height, wrap
 
 SUFFIXES = (".gif", ".mp4")
 GAP = 4  # pixels between videos
 SMALLEST = 256  # pixels that a video is wide; smaller ones are enlarged
 LARGEST = 28  # pixels, of titles
 PROMPT_LINES = 2  # above a row of videos
-WHITE, INK = (255, 255, 255), (0, 0, 0)
+WHITE = (255, 255, 255)
 
 
 def check_video(path: Path) -> None:
@@ -62,22 +62,21 @@ def _frames(titles: Sequence[str], panels: Sequence[list[Tensor]], labels: Seque
     enlarged = -(-SMALLEST // width) if any(titles) else 1
     height, width = height * enlarged, width * enlarged
     across = len(panels) * (width + GAP) - GAP
-    letters = font(min(max(width // 16, 12), LARGEST))
+    letters = font(min(max(width // 16, 14), LARGEST))
     small = font(round(0.75 * letters.size))
-    head = 2 * letters.size if any(titles) else 0
+    heads = [wrap(title, letters, width, lines=2) for title in titles]
+    head = max(map(len, heads)) * line_height(letters) + letters.size // 2 if any(heads) else 0
     prompts = [wrap(label, small, across, PROMPT_LINES) for label in labels] or [[]] * len(panels[0])
     strip = max(map(len, prompts)) * line_height(small)
     tall = strip + height + GAP
     size = (across, head + len(panels[0]) * tall - GAP)
     canvas = Image.new("RGB", tuple(side + side % 2 for side in size), WHITE)  # MP4 takes even sides only
     draw = ImageDraw.Draw(canvas)
-    for column, title in enumerate(titles):
-        middle = (column * (width + GAP) + width // 2, head // 2)
-        draw.text(middle, shorten(title, letters, width), fill=INK, font=letters, anchor="mm")
+    for column, lines in enumerate(heads):
+        middle = (column * (width + GAP) + width // 2, (head - len(lines) * line_height(letters)) // 2)
+        draw_lines(draw, middle, lines, letters)
     for row, lines in enumerate(prompts):
-        for place, line in enumerate(lines):
-            at = (across // 2, head + row * tall + place * line_height(small))
-            draw.text(at, line, fill=INK, font=small, anchor="ma")
+        draw_lines(draw, (across // 2, head + row * tall), lines, small)
     for number in range(count):
         for column, videos in enumerate(panels):
             for row, video in enumerate(videos):

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from selfnpo.sampling.ddim import ddim_sample, plain_guidance, start_noise
+from selfnpo.sampling.ddim import ddim_sample, plain_guidance, start_noise, title
 from selfnpo.sampling.decode import decode_samples
+from selfnpo.sampling.metadata import png_text
 from selfnpo.sampling.picture import save_comparison
 from selfnpo.training.state import TrainState
 
@@ -24,13 +25,14 @@ def save_grid(path: Path, state: TrainState) -> Path:
             for at, negative in ((plain_scale, positive), (scale, state.model))
         ]
     plain, guided = decode_samples(base, torch.cat(samples)).chunk(2)
-    panels = [
-        (f"{plain_name}, w = {plain_scale - 1:g}", plain),
-        (f"negative of step {state.step}, w = {scale - 1:g}", guided),
-    ]
+    panels = [(title(plain_name, plain_scale), plain), (title(f"negative of step {state.step}", scale), guided)]
     path.parent.mkdir(exist_ok=True)
-    caption = " | ".join((*config.validation_prompt, "equal positions start from equal noise"))
+    numbered = len(asked) > 1 and not base.family.takes_prompts
+    names = config.validation_prompt or ([str(number) for number in range(len(asked))] if numbered else ())
+    labels = [names[number % len(names)] for number in range(count)] if names else ()
+    caption = "equal positions start from equal noise"
     if len(plain) > count:
-        caption += " | every row is one video"
-    save_comparison(path, panels, min(4, len(plain)), caption)
+        caption += f" | {len(plain) // count} frames of every video"
+    text = png_text({"step": state.step, "seed": config.seed, "guidance_scale": scale, "prompts": labels})
+    save_comparison(path, panels, len(plain) // count if len(plain) > count else min(4, count), caption, labels, text)
     return path

@@ -10,7 +10,8 @@ from scipy import stats
 
 from benchmarks import pages
 from selfnpo.demo import report
-from selfnpo.demo.evaluation import CFG, NONE, SEEDS, SELF_NPO, Estimate, Evaluation, load
+from selfnpo.demo.config import CFG, NONE, SEEDS, SELF_NPO
+from selfnpo.demo.evaluation import Estimate, Evaluation, load
 from selfnpo.demo.metrics import HIGHER_IS_BETTER, METRICS
 
 COMMITTED = load(pages.EVALUATION)
@@ -18,7 +19,7 @@ CELL = re.compile(r"(\(|\*\*|)([+-][\d.]+)(?: ± ([\d.]+))?(\)|\*\*|)")
 
 
 def made(differences, base=0.0):
-    """An evaluation at w = 1 in which Self-NPO differs from plain guidance, in every metric, by `differences`."""
+    """An evaluation at one scale in which Self-NPO differs from plain guidance, in every metric, by `differences`."""
     rows = {
         arm: [{metric: base + value for metric in METRICS} for value in values]
         for arm, values in ((NONE, [0.0] * len(differences)), (CFG, [0.0] * len(differences)), (SELF_NPO, differences))
@@ -90,8 +91,9 @@ def test_printed_ends_of_a_win_lie_on_one_side():
 def test_the_verdict_names_every_metric_once():
     text = report.verdict(made(replicates(0.5, 10, 3)))
     assert text == (
-        "- **w = 1**: Self-NPO wins in precision (+0.50 ± 0.22), recall (+0.50 ± 0.22), density (+0.50 ± 0.22), "
-        "coverage (+0.50 ± 0.22), lp (+0.50 ± 0.22); loses in fd (+0.50 ± 0.22), nn (+0.50 ± 0.22); not decided: nothing."
+        "- **guidance_scale = 2**: Self-NPO wins in precision (+0.50 ± 0.22), recall (+0.50 ± 0.22), "
+        "density (+0.50 ± 0.22), coverage (+0.50 ± 0.22), lp (+0.50 ± 0.22); "
+        "loses in fd (+0.50 ± 0.22), nn (+0.50 ± 0.22); not decided: nothing."
     )
     text = report.verdict(made([0.5]))
     assert "wins in nothing; loses in nothing; not decided: fd (+0.500), precision (+0.500)" in text
@@ -101,8 +103,8 @@ def test_the_best_is_named_with_its_equals():
     rows = {NONE: [1.0, 2.0, 3.0], CFG: [1.1, 2.0, 3.0], SELF_NPO: [4.0, 5.1, 6.2]}
     values = {arm: {2.0: [dict.fromkeys(METRICS, value) for value in each]} for arm, each in rows.items()}
     text = report.best(Evaluation(values, num_samples=1, seeds=(0, 1, 2)))
-    assert "- fd: no guidance (2.0 ± 2.5) or plain guidance (CFG), w = 1 (2.0 ± 2.4)\n" in text
-    assert "- recall: Self-NPO, w = 1 (5.1 ± 2.7)\n" in text
+    assert "- fd: no guidance (2.0 ± 2.5) or plain guidance (CFG), guidance_scale = 2 (2.0 ± 2.4)\n" in text
+    assert "- recall: Self-NPO, guidance_scale = 2 (5.1 ± 2.7)\n" in text
     assert report.best(made([0.5])).count("not decided") == len(METRICS)
 
 
