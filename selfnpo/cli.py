@@ -171,6 +171,10 @@ def _only_our_own_lines() -> None:
     ):
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # misses a package that is not used here
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+
+    def show(message: Warning, *_: object, **__: object) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
     for category in (DeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)
