@@ -139,8 +139,8 @@ def check_digits(source: Source) -> None:
         name = source.options.pretrained_model_name_or_path
         raise UserError(
             f"{name} is a {source.family.name} model that makes other images than the demo's digits, which evaluate judges; "
-            "expected the demo, or a base made with python -m selfnpo.demo.base (for other models write images with python -m "
-            "selfnpo.sample --output_dir, and score them with your own metrics)"
+            "expected the demo, or a base made with python -m selfnpo.demo.base (for other models write images with "
+            "python -m selfnpo.sample --output_dir, and score them with your own metrics)"
         )
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,8 +39,7 @@ from selfnpo.sampling.video import SUFFIXES, check_video, save_video
 from selfnpo.schedule import make_grid
 
 ON_A_SHEET = 1000  # images of a method that a contact sheet shows at most
-# Settings on which no sample depends.
-OF_OUTPUT = ("prompt", "prompts", "num_images", "batch_size", "output", "output_dir", "overwrite", "fps", "video_format")
+MIXED = ("negative", "positive", "alpha", "beta", "num_inference_steps", "seed")
 LOADED = ("pretrained_model_name_or_path", "denoiser_name_or_path", "lora_name_or_path", "negative", "positive")
 
 
@@ -158,9 +157,14 @@ def output_folder(config: SampleConfig, settings: dict[str, Any], is_video: bool
 
 def settings_of(config: SampleConfig, prompts: Sequence[str], scales: Sequence[float], is_demo: bool) -> dict[str, Any]:
     """All that the samples depend on, in JSON's types."""
-    values = {name: value for name, value in asdict(config).items() if name not in OF_OUTPUT and value is not None}
+    values = {"pretrained_model_name_or_path": config.pretrained_model_name_or_path}
+    for field in (*fields(ModelOptions), *fields(SampleOptions)):
+        if field.name != "local_files_only" and (value := getattr(config, field.name)) != field.default:
+            values[field.name] = value
+    values |= {name: getattr(config, name) for name in MIXED if getattr(config, name) is not None}
     values |= {name: str(value) for name, value in values.items() if isinstance(value, Path)}
-    values |= {"guidance_scale": scales, "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
+    values |= {"guidance_scale": scales, "dtype": str(dtype_of(config.mixed_precision)).removeprefix("torch.")}
+    values["prompts"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     for name in LOADED:
         if not (is_demo and name == "pretrained_model_name_or_path") and (date := _modified(values.get(name))):
             values[f"{name}_modified"] = date

@@ -91,9 +91,12 @@ class SampleFolder:
         """Remove the samples of an earlier call if they shall be overwritten, and write down what will be made."""
         record = self._record()
         if record is not None and (overwrite or self._different(record["settings"])):
-            for path in [path for name in record["folders"] for path in (self.folder / name).glob("*")]:
-                if SAMPLE.fullmatch(path.name):
+            for folder in map(self.folder.joinpath, record["folders"]):
+                others = [path for path in folder.glob("*") if not SAMPLE.fullmatch(path.name)]
+                for path in {*folder.glob("*")}.difference(others):
                     path.unlink()
+                if folder.is_dir() and not others:
+                    folder.rmdir()
         for name in folders:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         write_text(self.folder / RECORD, json.dumps({"settings": self.settings, "folders": folders}, indent=1) + "\n")

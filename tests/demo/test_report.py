@@ -91,7 +91,8 @@ def test_the_verdict_names_every_metric_once():
     text = report.verdict(made(replicates(0.5, 10, 3)))
     assert text == (
         "- **guidance_scale = 2**: Self-NPO wins in precision (+0.50 ± 0.22), recall (+0.50 ± 0.22), "
-        "density (+0.50 ± 0.22), coverage (+0.50 ± 0.22), lp (+0.50 ± 0.22); loses in fd (+0.50 ± 0.22), nn (+0.50 ± 0.22); not decided: nothing."
+        "density (+0.50 ± 0.22), coverage (+0.50 ± 0.22), lp (+0.50 ± 0.22); "
+        "loses in fd (+0.50 ± 0.22), nn (+0.50 ± 0.22); not decided: nothing."
     )
     text = report.verdict(made([0.5]))
     assert "wins in nothing; loses in nothing; not decided: fd (+0.500), precision (+0.500)" in text
