@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 RUNS ?= runs
 NATIVE = $(wildcard csrc/*.* csrc/*/*.* tests/kernels/*.cu tests/kernels/cuda_on_cpu/*)
 
-.PHONY: help demo test soak compat evaluate bench budget-run pages wheel lint types format env clean
+.PHONY: help demo test soak compat evaluate bench budget-run pages wheel hub-kernel lint types format env clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ wheel: $(WHEELS)/installed  ## sdist and manylinux wheel in dist/, with the exte
 	PATH="$(abspath $(WHEELS))/bin:$$PATH" $(WHEELS)/bin/python -m auditwheel repair --exclude libgomp.so.1 --strip \
 		--wheel-dir dist $(WHEELS)/dist/*.whl
 	cp $(WHEELS)/dist/*.tar.gz dist/
+
+hub-kernel: $(VENV)/installed  ## selfnpo_kernels for Hugging Face's kernel-builder, in build/hub-kernel
+	$(BIN)/python tests/hub_kernel.py build/hub-kernel
 
 lint: $(VENV)/installed  ## ruff and clang-format
 	$(BIN)/ruff check .

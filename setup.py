@@ -5,6 +5,7 @@ SELFNPO_NO_EXTENSION=1 builds none: the package is then pure Python, and its ope
 """
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+NO_COMPILER = re.compile("No CMAKE_CXX_COMPILER could|CMAKE_CXX_COMPILER not set|not a full path to an existing compiler")
 WITHOUT = "SELFNPO_NO_EXTENSION=1 installs without it: everything works, but slower on a CPU"
 
 
@@ -50,12 +52,16 @@ class CMakeBuild(build_ext):
             )  # fmt: skip
         except FileNotFoundError:
             sys.exit(f"error: cmake was not found. Run pip install pybind11 cmake ninja. {WITHOUT}.")
-        if "No CMAKE_CXX_COMPILER could be found" in done.stdout:
+        if "CMAKE_MAKE_PROGRAM is not set" in done.stdout:
+            sys.exit(f"error: ninja was not found. Run pip install pybind11 cmake ninja. {WITHOUT}.")
+        if NO_COMPILER.search(done.stdout):
             sys.exit(f"error: no C++ compiler was found. Install one, such as g++ or clang++. {WITHOUT}.")
         if done.returncode:
             sys.exit(f"{done.stdout}\nerror: the C++ extension could not be built, see above. {WITHOUT}.")
         print(done.stdout)
 
 
+if "develop" in sys.argv:  # what pip before 21.3 runs for pip install -e
+    sys.exit("error: an editable installation needs pip 21.3 or newer. Run pip install --upgrade pip, then pip install -e .")
 extensions = [] if os.environ.get("SELFNPO_NO_EXTENSION") == "1" else [Extension("selfnpo_kernels._C", sources=[])]
 setup(ext_modules=extensions, cmdclass={"build": Build, "build_ext": CMakeBuild})

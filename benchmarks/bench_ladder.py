@@ -1,4 +1,4 @@
-"""From a loop that does what the released code does to the full stack, one factor at a time.
+"""From a loop that works like the released code to the full stack, one factor at a time.
 
 pytest benchmarks/bench_ladder.py --benchmark-only
 """
@@ -18,7 +18,7 @@ from selfnpo.budget.cost import count_flops, step_flops
 from selfnpo.device import matmul_peak
 from selfnpo.training.trainer import Trainer
 
-if not ON_GPU:  # where another setting would miss Inductor's cache
+if not ON_GPU:  # on a GPU the setting would miss Inductor's cache
     torch._inductor.config.cpp.enable_kernel_profile = True  # so that compiled loops can be counted
 BUDGET = 30 if ON_GPU else 12  # seconds
 
@@ -26,7 +26,7 @@ Loop = ReleasedLoop | Trainer
 
 
 def factors(workload: Workload) -> dict[str, Callable[[], Loop]]:
-    """Loops by the factor that each adds to the one before."""
+    """Loops by name: the factor that each adds to the previous one."""
     plain = {"attention": "sdpa", "capture": "off", "tandem": "sequential"} if ON_GPU else {}
 
     def released(**taken_away: bool) -> Loop:
@@ -65,7 +65,7 @@ def bench_ladder(record):
 
     def visit(factor: str, step: Callable[[], object]) -> dict[str, Any]:
         cost, loop = step_cost(step, DEVICE), step.__self__
-        held = 0 if ON_GPU else held_bytes() - before[factor]  # there the peak has it
+        held = 0 if ON_GPU else held_bytes() - before[factor]  # on a GPU the peak includes it
         return {
             "factor": factor + uncaptured(step),
             "memory, MiB": (held + cost.peak_bytes) / 2**20,

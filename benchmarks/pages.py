@@ -1,6 +1,6 @@
 """python -m benchmarks.pages: the tables and pictures of README.md and docs/, from results files and the evaluation's.
 
-What is generated stands between two comments, of which the first says what it shows:
+A generated part is enclosed by two comments. The first one says what it shows:
 
     <!-- table ladder; columns: step, speed; rows: full -->
     <!-- picture ladder -->
@@ -9,8 +9,8 @@ What is generated stands between two comments, of which the first says what it s
     ...
     <!-- end -->
 
-`columns` selects columns besides those that name rows (default: all); `rows` keeps rows that have this text in a name.
-The newest file under version control of every device is shown, GPUs first.
+`columns` lists the columns to show in addition to those that name rows; the default is all. `rows` keeps rows with this text
+in one of their names. For every device the newest file under version control is used, GPUs first.
 """
 
 import os
@@ -33,13 +33,13 @@ BLOCK = re.compile(r"(<!-- (table|picture|reports|evaluation)(?: ([^\n]*?))? -->
 
 
 def tracked() -> list[Path]:
-    """The results files under version control; of a copy without it, all."""
+    """The results files under version control, or all of them in a copy without git."""
     listed = git("ls-files", "benchmarks/results/*.json")
     return sorted(RESULTS.glob("*/*.json") if listed == UNKNOWN else map(ROOT.joinpath, listed.splitlines()))
 
 
 def files() -> list[Path]:
-    """One per device."""
+    """The newest results file of each device."""
     devices = groupby(tracked(), key=lambda path: path.parent)
     found = [newest([*paths]) for _, paths in devices]
     return sorted(found, key=lambda path: load(path)["environment"]["gpu"] == "none")
@@ -80,7 +80,7 @@ def evaluation(_: str, page: Path) -> str:
 
 
 def generated(page: Path, text: str) -> str:
-    """`text` of a page with its tables and pictures made anew."""
+    """`text` of a page with its tables and pictures regenerated."""
     makers = {"table": table, "picture": picture, "reports": reports, "evaluation": evaluation}
 
     def replaced(match: re.Match[str]) -> str:

@@ -102,6 +102,9 @@ def progress(iterable: Iterable[Any] | None = None, *, total: int | None = None,
     """A progress bar; a line every few seconds where stderr is no terminal. Takes what `tqdm` takes."""
     if sys.stderr.isatty():
         return tqdm(iterable, total=total, **options)
-    layout = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} passed, {remaining} left, {rate_fmt}{postfix}"
+    if total is None and not hasattr(iterable, "__len__"):
+        layout = "{desc}: {n_fmt} {unit}, {elapsed} passed, {rate_fmt}{postfix}"
+    else:
+        layout = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} passed, {remaining} left, {rate_fmt}{postfix}"
     lines = {"file": _Lines(sys.stderr), "mininterval": LINE_SECONDS, "bar_format": layout, "leave": True}
     return tqdm(iterable, total=total, **(options | lines))

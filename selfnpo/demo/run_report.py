@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from selfnpo.demo import report
-from selfnpo.demo.evaluation import CFG, NONE, SEEDS, SELF_NPO, evaluate
+from selfnpo.demo.config import CFG, NONE, SEEDS, SELF_NPO
+from selfnpo.demo.evaluation import evaluate
 from selfnpo.demo.metrics import Metrics
 from selfnpo.export.negative import add_picture
 from selfnpo.export.run_cost import save_metrics, training_cost

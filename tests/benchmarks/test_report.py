@@ -9,7 +9,7 @@ import pytest
 from benchmarks import compare, pages, report, results
 from benchmarks.plots import PLOTS, records
 from benchmarks.tables import COUNTED, MEASURED, PREDICTED, PUBLISHED, TABLES, to_markdown
-from selfnpo.demo.evaluation import CFG, SELF_NPO
+from selfnpo.demo.config import CFG, SELF_NPO
 from selfnpo.demo.evaluation import load as load_evaluation
 from selfnpo.errors import UserError
 
@@ -119,7 +119,7 @@ def test_what_a_comparison_refuses(saved, tmp_path):
         ((old,), "got 1 files; expected two"),
         ((old, tmp_path / "none.json"), "could not be read as JSON: .*No such file"),
         ((old, tmp_path / "text.json"), "could not be read as JSON"),
-        ((old, tmp_path / "list.json"), "is no results file; expected one of benchmarks/results"),
+        ((old, tmp_path / "list.json"), "is not a results file; expected one of benchmarks/results"),
     ):
         with pytest.raises(UserError, match=message):
             compare.main([str(each) for each in arguments])

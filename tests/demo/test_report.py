@@ -10,7 +10,8 @@ from scipy import stats
 
 from benchmarks import pages
 from selfnpo.demo import report
-from selfnpo.demo.evaluation import CFG, NONE, SEEDS, SELF_NPO, Estimate, Evaluation, load
+from selfnpo.demo.config import CFG, NONE, SEEDS, SELF_NPO
+from selfnpo.demo.evaluation import Estimate, Evaluation, load
 from selfnpo.demo.metrics import HIGHER_IS_BETTER, METRICS
 
 COMMITTED = load(pages.EVALUATION)
