@@ -41,16 +41,19 @@ def check_output(folder: Path, overwrite: bool, resume: str | None = None) -> No
         UserError: the folder holds something and neither overwrite nor resume was asked for, it has nothing to resume, or
             it cannot be written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir {folder} is a file; expected a folder")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"output_dir is {folder}, but {existing} is a file; expected a folder")
     if resume == "latest" and not list_checkpoints(folder):
-        raise UserError(f"output_dir {folder} holds no intact checkpoint to resume; name another, or leave --resume out")
+        raise UserError(
+            f"output_dir {folder} has no intact checkpoint to resume from; choose another folder, or leave "
+            "--resume_from_checkpoint out"
+        )
     if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
         raise UserError(
             f"output_dir {folder} exists and is not empty; choose another, pass --overwrite to replace its results"
             + (", or --resume_from_checkpoint latest to continue" if list_checkpoints(folder) else "")
         )
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:

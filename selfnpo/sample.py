@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from selfnpo.cli import parse, run
 from selfnpo.errors import UserError
-from selfnpo.inputs.prompts import NONE, read_prompts
+from selfnpo.inputs.prompts import read_prompts
 from selfnpo.models import Source
 from selfnpo.models.origin import check_exists
-from selfnpo.sampling.config import ON_A_SHEET, SampleConfig, check
+from selfnpo.options import NONE
+from selfnpo.output import check_output
+from selfnpo.sampling.config import ON_A_SHEET, RECORD, SampleConfig, check
 
 if TYPE_CHECKING:
     from selfnpo.sampling.folder import SampleFolder
@@ -54,7 +56,6 @@ def output_folder(config: SampleConfig, is_video: bool) -> "SampleFolder":
     suffix = f".{config.video_format or 'gif'}" if is_video else ".png"
     folder = SampleFolder(config.output_dir, suffix)
     check_video(folder.path("", 0))
-    folder.check(config.overwrite)
     return folder
 
 
@@ -76,11 +77,25 @@ def check_files(config: SampleConfig) -> tuple[str, ...]:
             raise UserError(
                 f"output {config.output} lies in a folder that does not exist; create {config.output.parent} first"
             )
-        if config.output.is_dir() or (config.output.exists() and not config.overwrite):
+        if config.output.is_file() and not config.overwrite:
             raise UserError(f"output {config.output} exists; choose another name or pass --overwrite")
+    if config.output_dir is not None:
+        check_folder(config.output_dir, config.overwrite)
     for name in filter(None, (config.negative, config.positive)):
         check_exists(str(name), config)
     return prompts
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Raise a UserError if single files cannot be written there, or if something is there that must stay."""
+    if (
+        folder.is_dir() and any(folder.glob("*")) and not (folder / RECORD).is_file()
+    ):  # not even with overwrite: `negative` may be a model
+        raise UserError(
+            f"output_dir {folder} is not empty and holds no {RECORD}, so its files are not samples of this command; "
+            "choose another folder"
+        )
+    check_output(folder, overwrite)
 
 
 def main(config: SampleConfig) -> None:

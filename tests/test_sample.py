@@ -1,5 +1,8 @@
 """python -m selfnpo.sample: comparisons, sweeps and videos of every family, and one sentence for what it cannot do."""
 
+import json
+import re
+import subprocess
 import sys
 
 import imageio_ffmpeg
@@ -54,14 +57,14 @@ def sample(models, perturbed, tmp_path, monkeypatch):
 def shown(monkeypatch):
     """What the pictures were made of: title to images, and (name of the row, name of the column) to images."""
     found = {}
-    for name in ("selfnpo.sample", "selfnpo.training.validation"):
+    for name in ("selfnpo.sampling.comparison", "selfnpo.training.validation"):
         monkeypatch.setattr(f"{name}.save_comparison", lambda path, panels, *_, **__: found.update(panels))
 
     def keep(path, cells, rows, columns, *_, **__):
         for row, images in zip(rows, cells, strict=True):
             found.update(zip([(row, column) for column in columns], images, strict=True))
 
-    monkeypatch.setattr("selfnpo.sample.save_table", keep)
+    monkeypatch.setattr("selfnpo.sampling.comparison.save_table", keep)
     return found
 
 
@@ -244,6 +247,14 @@ def test_a_file_takes_its_place_whole_or_not_at_all(tmp_path):
         ("unconditional", ["--output", "."], "output is .; expected a file name that ends in .png"),
         ("unconditional", ["--output", "/proc/x.png"], "output /proc/x.png cannot be written"),
         ("unconditional", ["--positive", "nowhere"], "nowhere is no folder here"),
+        ("unconditional", ["--num_images", 1001], "from 1 to 1000; --output_dir takes more"),
+        ("class_conditional", ["--prompts", "p.txt"], "prompt and prompts are both given; leave one of the two out"),
+        ("unconditional", ["--prompts", "p.txt"], "prompts p.txt could not be read: No such file or directory"),
+        ("unconditional", ["--output", "x.png", "--output_dir", "x"], "output and output_dir are both given"),
+        ("unconditional", ["--output_dir", "x", "--video_format", "gif"], "video_format is gif, but there are no videos"),
+        ("cogvideox", ["--video_format", "gif"], "video_format is gif, but there are no videos in an output_dir"),
+        ("unconditional", ["--output_dir", "/dev/null/x"], "output_dir is /dev/null/x, but /dev/null is a file"),
+        ("unconditional", ["--output_dir", "/proc/x"], "output_dir /proc/x cannot be written"),
         ("cogvideox", ["--output", "x.webm"], "expected a file name that ends in .png, .gif or .mp4"),
         ("cogvideox", ["--output", "x.gif", "--beta", 0.5, 1], "ends in .png, for a sweep is a picture"),
         ("cogvideox", ["--num_frames", 8], "num_frames is 8; expected a multiple of 4 plus 1"),
@@ -267,7 +278,52 @@ def test_mp4_is_optional(sample, tmp_path, capsys, monkeypatch):
 
 def test_an_existing_file_is_kept_unless_asked(sample, tmp_path, capsys):
     (tmp_path / "samples.png").write_text("mine")
-    assert sample("unconditional") == 2
+    assert sample("unconditional", "--output", "samples.png") == 2
     assert "samples.png exists; choose another name or pass --overwrite" in capsys.readouterr().err
+    assert [sample("unconditional"), sample("unconditional")] == [0, 0]
+    assert "written to samples-3.png" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples-2.png", "samples-3.png", "samples.png"]
     assert (tmp_path / "samples.png").read_text() == "mine"
     assert sample("unconditional", "--overwrite") == 0
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert picture.width > 500
+
+
+def test_a_picture_says_how_it_was_made(sample, tmp_path, models):
+    assert sample("stable_diffusion", "--prompt", "a cat", "ein Käfer\n" * 300, "--guidance_scale", 3) == 0
+    with Image.open(tmp_path / "samples.png") as picture:
+        settings = json.loads(picture.text["selfnpo"])
+    assert settings["prompts"] == ["a cat", "ein Käfer\n" * 300] * 2
+    assert settings["pretrained_model_name_or_path"] == str(models("stable_diffusion"))
+    assert (settings["guidance_scale"], settings["beta"], settings["seed"]) == ([3], [1], 0)
+
+
+def test_prompts_come_from_a_file(sample, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "selfnpo.sampling.comparison.save_comparison", lambda path, panels, columns, caption, labels, _: asked.extend(labels)
+    )
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a dog"}\n\n"a cat"\n')
+    assert sample("stable_diffusion", "--prompt", "--prompts", tmp_path / "prompts.jsonl") == 0
+    assert asked == ["a dog", "a cat", "a dog", "a cat"]
+    (tmp_path / "classes.txt").write_text("2\n0\n")
+    asked.clear()
+    assert sample("class_conditional", "--prompt", "--prompts", tmp_path / "classes.txt") == 0
+    assert asked == ["2", "0", "2", "0"]
+
+
+@pytest.mark.parametrize("format", ["gif", "mp4"])
+def test_a_video_says_how_it_was_made(sample, tmp_path, format):
+    assert sample("cogvideox", "--output", f"x.{format}") == 0
+    assert sample("cogvideox", "--output_dir", "out", "--num_images", 1, "--video_format", format) == 0
+    for path, prompt in ((f"x.{format}", ["a cat", "a dog"]), (f"out/negative/0000.{format}", "a cat")):
+        if format == "gif":
+            with Image.open(tmp_path / path) as gif:
+                text = gif.info["comment"]
+                assert gif.n_frames == 9
+        else:
+            command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", tmp_path / path, "-f", "ffmetadata", "-"]
+            found = subprocess.run(command, capture_output=True, check=True).stdout.decode()
+            text = re.sub(r"\\(.)", r"\1", re.search(r"^comment=(.*)$", found, re.MULTILINE)[1])
+        settings = json.loads(text)
+        assert prompt in (settings.get("prompt"), settings.get("prompts"))

@@ -120,7 +120,9 @@ def check_replacement(
         try:
             model = _from_single_file(kind, checkpoint, subfolder, torch.float32, options, layout)
         except Exception as error:  # as above
-            raise UserError(f"{name} could not be loaded as a {kind.__name__}: {reason(error)}") from error
+            raise UserError(
+                f"{name} could not be loaded as a {kind.__name__} of the base's architecture: {reason(error)}"
+            ) from error
         check_complete(model, name)
     else:
         where = f"{subfolder}/config.json".lstrip("/")
@@ -210,4 +212,6 @@ def reason(error: Exception) -> str:
     """What diffusers meant; it fails to move weights of a single file that it did not find, or fails to find them."""
     if isinstance(error, KeyError):
         return f"it holds no {error.args[0]}; expected a complete checkpoint of the base's architecture"
-    return "it lacks weights; expected a complete checkpoint" if "meta tensor" in str(error) else first_line(error)
+    if "meta tensor" in str(error):
+        return "it lacks weights; expected a complete checkpoint"
+    return first_line(error).partition(". If you want")[0]  # what follows is for those who call diffusers

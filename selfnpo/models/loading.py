@@ -13,6 +13,7 @@ from torch import Tensor
 from selfnpo.device import default_device
 from selfnpo.errors import UserError
 from selfnpo.models.lora.read import is_lora, merge_lora, read_lora
+from selfnpo.models.origin import refuse_unsafe
 from selfnpo.models.pretrained import Conditions, PretrainedModel
 from selfnpo.models.source import Source
 from selfnpo.options import ModelOptions, SampleOptions
@@ -67,6 +68,7 @@ def check_negative(name_or_path: str | Path, source: Source) -> None:
     """
     name, family = str(name_or_path), source.family
     options = replace(source.options, lora_name_or_path=name, revision=None)
+    refuse_unsafe(name)
     if is_lora(name, options):
         read_lora(source.empty_denoiser(), family.pipeline_class, family.component, options)
     else:

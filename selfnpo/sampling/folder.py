@@ -2,7 +2,6 @@
 
 import json
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,14 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from selfnpo.errors import UserError
 from selfnpo.files import write_text
-from selfnpo.output import check_output
+from selfnpo.sampling.config import RECORD
 from selfnpo.sampling.metadata import image_text, png_text
 from selfnpo.sampling.picture import save_png, to_bytes
 from selfnpo.sampling.sweep import Method
 from selfnpo.sampling.video import save_video
 
-RECORD, PROMPTS = "samples.json", "prompts.jsonl"
+PROMPTS = "prompts.jsonl"
 SAMPLE = re.compile(r"(cfg|negative|base|positive)(_scale-.+)?/\d{4,}\.(png|gif|mp4)")
 
 
@@ -50,23 +48,6 @@ class SampleFolder:
 
     folder: Path
     suffix: str
-
-    def check(self, overwrite: bool) -> None:
-        """Raise a UserError if the folder cannot be written, or holds something that must stay."""
-        folder = self.folder
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not existing.is_dir():
-            raise UserError(f"output_dir is {folder}, but {existing} is a file; expected a folder")
-        try:
-            tempfile.TemporaryFile(dir=existing).close()
-        except OSError as error:
-            raise UserError(f"output_dir {folder} cannot be written: {error.strerror}; choose another folder") from error
-        if any(folder.glob("*")) and not (folder / RECORD).is_file():  # not even with overwrite: `negative` may be a model
-            raise UserError(
-                f"output_dir {folder} is not empty and holds no {RECORD}, so its files are not samples of this command; "
-                "choose another folder"
-            )
-        check_output(folder, overwrite)
 
     def prepare(self, names: Iterable[str], prompts: Sequence[str], settings: Mapping[str, Any]) -> None:
         """Remove the samples of an earlier call, and write down what will be made.
