@@ -44,6 +44,7 @@ def test_help_needs_no_pytorch(command):
         (("--help",), "usage: selfnpo COMMAND"),
         (("--version",), "selfnpo 0."),
         (("trian",), "there is no command 'trian'; did you mean train?"),
+        (("--versions",), "there is no command '--versions'; did you mean --version?"),
         (("fly",), "there is no command 'fly'; expected one of train, sample, merge, evaluate, env"),
         (("train", "--learning_rat", "1"), "there is no flag --learning_rat; did you mean --learning_rate?"),
         (("train", "--network-dims", "1"), "there is no flag --network-dims; did you mean --network_dim?"),
