@@ -120,8 +120,8 @@ def nearest(problem: str, similar: Sequence[str], otherwise: str) -> str:
 def _check_backend() -> None:
     name = os.environ["SELFNPO_BACKEND"]
     if name and name not in BACKENDS:
-        problem, expected = f"SELFNPO_BACKEND is '{name}'", f"expected one of {', '.join(BACKENDS)}, or unset SELFNPO_BACKEND"
-        raise UserError(nearest(problem, difflib.get_close_matches(name, BACKENDS, n=1), expected))
+        expected = f"expected one of {', '.join(BACKENDS)}, or unset SELFNPO_BACKEND"
+        raise UserError(nearest(f"SELFNPO_BACKEND is '{name}'", difflib.get_close_matches(name, BACKENDS, n=1), expected))
     import torch  # only here, so that mistakes are answered before PyTorch is loaded
 
     from selfnpo_kernels.dispatch import backend_for
