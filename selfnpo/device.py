@@ -11,19 +11,17 @@ from typing import Any
 
 import torch
 
-from selfnpo.options import Precision
-
 _REPEATS = 10
 
 
-def resolve(precision: Precision) -> Precision:
+def resolve(precision: str) -> str:
     """What `auto` means here."""
     if precision != "auto":
         return precision
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
-def dtype_of(precision: Precision) -> torch.dtype:
+def dtype_of(precision: str) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[resolve(precision)]
 
 

@@ -11,6 +11,7 @@ from tyro.conf import arg
 from selfnpo.errors import UserError
 
 DEMO = "demo"  # in the place of a model: the class-conditional DiT on 8x8 digits that is shipped with the package
+NONE = "none"  # in the place of a file of prompts
 Precision = Literal["auto", "no", "fp16", "bf16"]
 Split = Literal["final", "development"]  # of the digits, see selfnpo/inputs/digits.py
 

@@ -42,7 +42,10 @@ def check_output(folder: Path, overwrite: bool, resume: str | None = None) -> No
     if not existing.is_dir():
         raise UserError(f"output_dir is {folder}, but {existing} is a file; expected a folder")
     if resume == "latest" and not list_checkpoints(folder):
-        raise UserError(f"output_dir {folder} holds no intact checkpoint to resume; name another, or leave --resume out")
+        raise UserError(
+            f"output_dir {folder} has no intact checkpoint to resume from; choose another folder, or leave "
+            "--resume_from_checkpoint out"
+        )
     if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
         raise UserError(
             f"output_dir {folder} exists and is not empty; choose another, pass --overwrite to replace its results"
@@ -103,8 +106,8 @@ def progress(iterable: Iterable[Any] | None = None, *, total: int | None = None,
     if sys.stderr.isatty():
         return tqdm(iterable, total=total, **options)
     if total is None and not hasattr(iterable, "__len__"):
-        layout = "{desc}: {n_fmt} {unit}, {elapsed} passed, {rate_fmt}{postfix}"
+        layout = "{desc}: {n_fmt}, {elapsed} passed, {rate_fmt}{postfix}"
     else:
-        layout = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} passed, {remaining} left, {rate_fmt}{postfix}"
+        layout = "{desc}: {n_fmt} of {total_fmt}, {elapsed} passed, {remaining} left, {rate_fmt}{postfix}"
     lines = {"file": _Lines(sys.stderr), "mininterval": LINE_SECONDS, "bar_format": layout, "leave": True}
     return tqdm(iterable, total=total, **(options | lines))

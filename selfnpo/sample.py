@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from selfnpo.cli import parse, run
 from selfnpo.errors import UserError
-from selfnpo.inputs.prompts import NONE, read_prompts
+from selfnpo.inputs.prompts import read_prompts
 from selfnpo.models import Source
 from selfnpo.models.origin import check_exists
+from selfnpo.options import NONE
 from selfnpo.output import check_output
 from selfnpo.sampling.config import ON_A_SHEET, RECORD, SampleConfig, check
 
@@ -76,7 +77,7 @@ def check_files(config: SampleConfig) -> tuple[str, ...]:
             raise UserError(
                 f"output {config.output} lies in a folder that does not exist; create {config.output.parent} first"
             )
-        if config.output.is_dir() or (config.output.exists() and not config.overwrite):
+        if config.output.is_file() and not config.overwrite:
             raise UserError(f"output {config.output} exists; choose another name or pass --overwrite")
     if config.output_dir is not None:
         check_folder(config.output_dir, config.overwrite)

@@ -1,13 +1,10 @@
 """What commands print: progress without a terminal, and no line of a library."""
 
-import io
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 from selfnpo import output
 
@@ -32,28 +29,20 @@ FOREIGN = re.compile(
 )
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stream)
+def test_progress_is_lines_where_there_is_no_terminal(monkeypatch, capsys):
     monkeypatch.setattr(output, "LINE_SECONDS", 0)
-    return stream
-
-
-def test_progress_is_lines_where_there_is_no_terminal(quick):
     for _ in output.progress(range(3), desc="judge", unit="sample"):
         pass
-    lines = quick.getvalue().splitlines()
-    assert lines[0].startswith("judge: 0 of 3 sample")  # at once
-    assert lines[-1].startswith("judge: 3 of 3 sample")
-    assert not any(character in quick.getvalue() for character in "\r\x1b")
+    said = capsys.readouterr().err
+    assert said.splitlines()[0].startswith("judge: 0 of 3, ")  # at once
+    assert said.splitlines()[-1].startswith("judge: 3 of 3, ")
+    assert not any(character in said for character in "\r\x1b")
 
 
-def test_lines_are_seconds_apart(quick, monkeypatch):
-    monkeypatch.setattr(output, "LINE_SECONDS", 1000)
+def test_lines_are_seconds_apart(capsys):
     for _ in output.progress(range(100_000), desc="train", unit="step"):
         pass
-    assert 1 <= len(quick.getvalue().splitlines()) <= 2
+    assert 1 <= len(capsys.readouterr().err.splitlines()) <= 2
 
 
 def test_no_command_shows_a_line_of_a_library(models, tmp_path):

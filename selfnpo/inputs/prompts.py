@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from selfnpo.errors import UserError, first_line
+from selfnpo.options import NONE
 
-NONE = "none"
 KEYS = ("prompt", "text", "caption")
 READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}  # for `datasets`
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -244,11 +245,15 @@ class Source:
             UserError: one of them is missing or cannot be loaded.
         """
         import diffusers
+        import transformers
         from packaging.version import Version
         from torch import nn
 
         from selfnpo.models.denoiser import check_complete, reason
 
+        if not sys.stderr.isatty():  # where bars are in the way
+            diffusers.utils.logging.disable_progress_bar()
+            transformers.utils.logging.disable_progress_bar()
         dtype_name = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
         kind, options = self.family.pipeline_class, self.options
         expected, _ = kind._get_signature_keys(kind)

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from selfnpo.errors import UserError
-from selfnpo.inputs.prompts import NONE
-from selfnpo.options import MixOptions, ModelOptions, Precision, SampleOptions
+from selfnpo.options import NONE, MixOptions, ModelOptions, Precision, SampleOptions
 
 RECORD = "samples.json"  # marks a folder as one of single samples
 ON_A_SHEET = 1000  # images of a method that a contact sheet shows at most

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from selfnpo.config import PRESETS, TrainConfig, preset_config
 from selfnpo.errors import UserError
-from selfnpo.inputs.prompts import NONE
 from selfnpo.models import NOT_THE_DEMO, Source
+from selfnpo.options import NONE
 
 
 class Rule(NamedTuple):
