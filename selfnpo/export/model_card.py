@@ -25,7 +25,8 @@ python -m selfnpo.sample {base} --negative {negative} \\
 ```
 
 {diffusers}`--beta` weakens it (theta + beta delta), `--positive` and `--alpha` combine it with a fine-tuned positive model
-(theta + alpha eta + beta delta), `--guidance_scale` is w + 1; it was shown with alpha = 1, beta = 1, w = {w:g}."""
+(theta + alpha eta + beta delta), `--guidance_scale` is w + 1; it was shown with alpha = 1, beta = 1,
+guidance_scale = {scale:g}."""
 
 _IN_DIFFUSERS = """\
 or in a pipeline of diffusers:
@@ -70,7 +71,6 @@ def model_card(
                 prompt='--prompt "a lighthouse in a storm" ' if family.takes_prompts else "",
                 scale=scale,
                 diffusers=in_diffusers if family.takes_prompts and is_pipeline else "",
-                w=scale - 1,
             ),
             f"## Cost\n\nEnded: {status}.\n\n" + _table(cost),
             "## Metrics\n\n" + (_quality(quality) if quality else "Its samples were not judged."),
@@ -99,7 +99,7 @@ def _quality(quality: dict[str, Any]) -> str:
         for arm, scales in quality.items()
         for scale, replicates in scales.items()
     ]
-    return "\n".join(("| negative | w + 1 | first replicate |", "| --- | --- | --- |", *rows))
+    return "\n".join(("| negative | guidance_scale | first replicate |", "| --- | --- | --- |", *rows))
 
 
 def _text(value: Any) -> str:

@@ -59,7 +59,7 @@ def guide(
         alpha: share of eta in the negative, in [0, 1]; goes with `positive`.
         beta: share of delta in the negative, in [0, 1].
         positive: theta + eta, for the positive branch in place of the pipeline's own denoiser; given as the negative is.
-        guidance_scale: w + 1 of unconditional pipelines, 2 by default; other pipelines take it in their own call.
+        guidance_scale: of unconditional pipelines, 2 by default; other pipelines take it in their own call.
         mode: "alternate" for pipelines that call the denoiser twice per step, the second time without the prompt, and do not
             tell by diffusers' cache contexts.
         force: allow alpha and beta outside [0, 1].
