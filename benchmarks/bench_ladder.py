@@ -1,4 +1,4 @@
-"""From a loop that does what the released code does to the full stack, one factor at a time.
+"""From a loop that works like the released code to the full stack, one factor at a time.
 
 pytest benchmarks/bench_ladder.py --benchmark-only
 """
@@ -18,7 +18,7 @@ from selfnpo.budget.cost import count_flops, step_flops
 from selfnpo.device import matmul_peak
 from selfnpo.training.trainer import Trainer
 
-if not ON_GPU:  # where another setting would miss Inductor's cache
+if not ON_GPU:  # on a GPU the setting would miss Inductor's cache
     torch._inductor.config.cpp.enable_kernel_profile = True  # so that compiled loops can be counted
 BUDGET = 30 if ON_GPU else 12  # seconds
 
@@ -26,7 +26,7 @@ Loop = ReleasedLoop | Trainer
 
 
 def factors(workload: Workload) -> dict[str, Callable[[], Loop]]:
-    """Loops by the factor that each adds to the one before."""
+    """Loops by name: the factor that each adds to the previous one."""
     plain = {"attention": "sdpa", "capture": "off", "tandem": "sequential"} if ON_GPU else {}
 
     def released(**taken_away: bool) -> Loop:
@@ -37,18 +37,18 @@ def factors(workload: Workload) -> dict[str, Callable[[], Loop]]:
 
     found = {
         "released recipe": released,
-        "no calls without weight": partial(released, dead_calls=False),
-        "no loops and reads on the host": partial(released, dead_calls=False, host_loops=False),
-        "clip, AdamW, average in one pass": partial(released, dead_calls=False, host_loops=False, one_pass=True),
-        "fused ops, nothing finished evaluated": partial(ours, rollout="data", loss="huber", loss_weighting="x0"),
+        "skip zero-weight passes": partial(released, dead_calls=False),
+        "no loops or reads on the host": partial(released, dead_calls=False, host_loops=False),
+        "clip, AdamW and EMA in one pass": partial(released, dead_calls=False, host_loops=False, one_pass=True),
+        "fused ops, skip finished rollouts": partial(ours, rollout="data", loss="huber", loss_weighting="x0"),
         "pool: one evaluation per sample": ours,
     }
     if not ON_GPU:
-        return found | {"compiled": partial(ours, compile=True)}
+        return found | {"torch.compile": partial(ours, compile=True)}
     return found | {
         "attention by shape": partial(ours, attention="auto"),
         "channels last": partial(ours, attention="auto", channels_last=True),
-        "compiled": partial(ours, attention="auto", compile=True),
+        "torch.compile": partial(ours, attention="auto", compile=True),
         "one CUDA graph": partial(ours, attention="auto", compile=True, capture="on"),
         "networks side by side": partial(ours, attention="auto", compile=True, capture="on", tandem="auto"),
     }
@@ -65,7 +65,7 @@ def bench_ladder(record):
 
     def visit(factor: str, step: Callable[[], object]) -> dict[str, Any]:
         cost, loop = step_cost(step, DEVICE), step.__self__
-        held = 0 if ON_GPU else held_bytes() - before[factor]  # there the peak has it
+        held = 0 if ON_GPU else held_bytes() - before[factor]  # on a GPU the peak includes it
         return {
             "factor": factor + uncaptured(step),
             "memory, MiB": (held + cost.peak_bytes) / 2**20,

@@ -1,4 +1,4 @@
-"""Each op against what one writes in eager PyTorch, against the same under torch.compile, and against copying memory.
+"""Each op against plain eager PyTorch, against the same code under torch.compile, and against copying memory.
 
 pytest benchmarks/bench_ops.py --benchmark-only
 """
@@ -18,7 +18,7 @@ from benchmarks.workloads import DEVICE
 LARGE, IMAGES = ("256 MiB", 64) if DEVICE.type == "cuda" else ("128 MiB", 32)
 SIZES = {"20x4x64x64": (20, 4, 64, 64), LARGE: (IMAGES, 4, 512, 512)}
 SCALE, RESCALE, HUBER_C = 3.0, 0.7, 1e-3
-EFFICIENCY = 0.85  # share of the bandwidth of a copy that a prediction assumes
+EFFICIENCY = 0.85  # share of a copy's bandwidth that predictions assume
 BUDGET = 0.5 if DEVICE.type == "cuda" else 2  # seconds per op and size
 
 
@@ -72,8 +72,8 @@ def loss_and_gradient(loss: Callable[[Inputs], Tensor]) -> Callable[[Inputs], Te
     return run
 
 
-# op -> (kernel, eager, bytes that must be moved and operations per element of a float32 sample). A normal number is counted
-# as 45 operations: of Philox, which makes four, 10 rounds of 10, and of Box-Muller, which makes two, about 40.
+# op -> (kernel, eager, bytes that must be moved and operations per element of a float32 sample). A normal number counts as
+# 45 operations: Philox makes four words in 10 rounds of 10, and Box-Muller makes two normals in about 40.
 OPS = {
     "tweedie": (
         lambda i: kernels.tweedie(i.sample, i.cond, i.rows[:, :2]),
@@ -99,7 +99,7 @@ OPS = {
         lambda i: torch.randn_like(i.sample),
         4, 45,
     ),
-    # Half as many outputs as the batch has samples, hence half the bytes.
+    # The output has half as many samples as the batch, hence half the bytes.
     "cfg_combine": (lambda i: kernels.cfg_combine(i.batched, SCALE), eager_cfg_combine, 6, 1.5),
     "cfg_combine, rescaled": (lambda i: kernels.cfg_combine(i.batched, SCALE, RESCALE), eager_cfg_rescaled, 10, 5),
     "x0_loss, huber": (
@@ -168,7 +168,7 @@ def bench_optimizer(record, size):
 
 
 def report(record, op, size, arms, op_bytes, operations, copy_bytes):
-    """Times of all arms in turns; a row needs those of the kernel and of the copy."""
+    """Time all arms in turns and record a row. A row needs at least the kernel and the copy."""
     failures = Failures()
     found = timers(arms, DEVICE, failures)
     if not {"kernel", "copy"} <= found.keys():

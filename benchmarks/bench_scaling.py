@@ -1,4 +1,4 @@
-"""How the cost of a training step grows: with the batch, the resolution, and with runs side by side.
+"""How the cost of a training step grows with the batch, the resolution, and parallel runs.
 
 pytest benchmarks/bench_scaling.py --benchmark-only
 """
@@ -21,7 +21,7 @@ BUDGET = 5 if ON_GPU else 4  # seconds
 
 
 def row(model: str, grows: str, to: int, quartiles: list[float], seconds: float, samples: int) -> dict:
-    """`samples` are done in `seconds`."""
+    """A row for `samples` samples that took `seconds` seconds."""
     found = {"model": model, "grows": grows, "to": to, "step, ms": quartiles}
     return found | {"sample, ms": 1e3 * seconds / samples, "samples, 1/s": samples / seconds}
 
@@ -39,7 +39,7 @@ def bench_size(record, grows):
 
 
 def run(rank: int, threads: int, start, seconds) -> None:
-    """One of several processes: when all are ready, a few steps."""
+    """One of several processes. Once all are ready, it takes a few steps."""
     torch.set_num_threads(threads)
     step = warm(sd15().trainer().train_step, DEVICE)
     start.wait()
@@ -48,7 +48,7 @@ def run(rank: int, threads: int, start, seconds) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def bench_processes(record, processes):
-    """Runs that know nothing of one another, on one device."""
+    """Independent runs on one device."""
     workload = sd15()
     release()
     try:

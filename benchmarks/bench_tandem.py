@@ -1,4 +1,4 @@
-"""How reference and student share a step (selfnpo/training/tandem.py), by batch and resolution, for a LoRA, which has all.
+"""How reference and student share a step (selfnpo/training/tandem.py), by batch and resolution, for a LoRA.
 
 pytest benchmarks/bench_tandem.py --benchmark-only
 """
@@ -24,7 +24,7 @@ def bench_strategies(record, side, batch_size):
     row = {"model": workload.name.split(",")[0], "latents": f"{side}x{side}", "batch": batch_size}
     peak = matmul_peak(DEVICE, DTYPE)
     for name, times, note in steps(makers, DEVICE, BUDGET):
-        if note:  # a strategy is one of a graph
+        if note:  # strategies are compared only as captured graphs
             print(f"left out: {name}{note}")
             continue
         row |= {f"{name}, ms": times.ms(name), "noise, %": 100 * times.noise}

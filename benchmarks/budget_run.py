@@ -1,10 +1,10 @@
 """python -m benchmarks.budget_run: the paper's run, 1,000 steps of 20 samples, with random weights, from start to end.
 
-SD1.5 on a GPU, in minutes; on a CPU its stand-in. What is trained is worth nothing, what it costs is: hours, and energy as
-the GPU's driver counts it. Both go into the results file of this device.
+SD1.5 on a GPU takes minutes; a CPU runs its stand-in. The trained weights are worthless. The result is the cost: hours, and
+energy as the GPU's driver counts it. Both go into the results file of this device.
 
-A call that ends early, by --max_seconds or Ctrl-C, leaves a part of the run; further calls at the same commit do the rest.
-The exit code is 0 when the run is whole, 75 while it is not.
+A call that ends early, by --max_seconds or Ctrl-C, leaves the run unfinished; further calls at the same commit continue it.
+The exit code is 0 when the run is complete, 75 while it is not.
 """
 
 import signal
@@ -20,11 +20,12 @@ from benchmarks.workloads import evaluations, sd15
 from selfnpo.budget.cost import EFFICIENCY, cost_lines, count_flops, step_flops
 from selfnpo.cli import parse, run
 from selfnpo.config import check
+from selfnpo.device import matmul_peak
 from selfnpo.errors import UserError
 from selfnpo.export.run_cost import beside_steps, compute_cost, training_cost
 
 UNFINISHED = 75  # exit code: try again
-# What adds up over the parts of a run.
+# Columns that add up over the parts of a run.
 ADDED = (
     "steps, done", "parts, run", "training, s", "start-up, s", "beside the steps, s", "energy, Wh", "predicted training, s",
 )  # fmt: skip
@@ -35,17 +36,17 @@ class BudgetRun:
     """Train on random weights and report what it cost."""
 
     rollout: Literal["pool", "data", "full"] = "pool"
-    """data starts from random latents, as the released recipe does from images."""
+    """data starts from random latents in place of the released recipe's images."""
     rank: int = 0
-    """Of a LoRA; 0 trains the full weights."""
+    """Rank of the LoRA; 0 trains the full weights."""
     compile: bool = True
     """Compile reference and student."""
     max_train_steps: int = 1000
     """Optimizer steps of the whole run."""
     max_seconds: int = 0
-    """After which this call begins no further step; 0 for no limit."""
+    """Seconds after which this call starts no further step; 0 means no limit."""
     results: Path = results.RESULTS
-    """Folder of results files."""
+    """Folder for results files."""
 
 
 def main(options: BudgetRun) -> int:
@@ -63,16 +64,16 @@ def main(options: BudgetRun) -> int:
     before = unfinished(names, options.results)
     workload = workload.changed(max_train_steps=options.max_train_steps - before["steps, done"])
     config = check(workload.config)
-    with tempfile.TemporaryDirectory(prefix="selfnpo-budget-") as folder:  # for the log and the checkpoints of any run
+    with tempfile.TemporaryDirectory(prefix="selfnpo-budget-") as folder:  # for the log and the checkpoints, as in any run
         trainer = workload.trainer(Path(folder))
         if options.max_seconds:
             trainer.train_step = until(deadline, trainer.train_step)
         trainer.run()
     state, flops = trainer.state, count_flops(config, workload.source)
     cost = training_cost(state) | compute_cost(state, trainer.meter, flops)
-    print(cost_lines(cost | {"predicted_gpu_hours": None}))  # which would be those of a stand-in
+    print(cost_lines(cost | {"predicted_gpu_hours": None}))  # on a CPU they would be those of the stand-in
     print(beside_steps(state))
-    peak = 1e12 * cost["matmul_peak_tflops"]
+    peak = matmul_peak(state.base.device, state.base.dtype)
     predicted = state.step * step_flops(config, flops, evaluations(config)) / (EFFICIENCY * peak)
     seconds = state.seconds, state.startup_seconds, sum(state.beside.values())
     part = dict(zip(ADDED, (state.step, 1, *seconds, cost["energy_wh"], predicted), strict=True))
@@ -84,7 +85,7 @@ def main(options: BudgetRun) -> int:
 
 
 def until(deadline: float, step: Callable[[], Any]) -> Callable[[], Any]:
-    """`step`, after which a run is interrupted as by a Ctrl-C where the deadline has passed."""
+    """`step`, but once the deadline has passed it interrupts the run like Ctrl-C."""
 
     def limited() -> Any:
         result = step()
@@ -96,7 +97,7 @@ def until(deadline: float, step: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def unfinished(names: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What earlier parts of this run add up to; zeros where there are none, or where they are all of it."""
+    """Sums over the earlier parts of this run; zeros if there are none, or if the earlier run is complete."""
     for row in results.rows_before("budget", folder):
         if names.items() <= row.items() and row["steps, done"] < row["steps"]:
             return {name: row[name] for name in ADDED}
@@ -104,7 +105,7 @@ def unfinished(names: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def whole(before: dict[str, Any], part: dict[str, Any], batch_size: int) -> dict[str, Any]:
-    """The parts before and another one, with what follows from their sums; an energy that one does not know none knows."""
+    """The earlier parts plus another, with figures derived from the sums. The energy is unknown if it is for one part."""
     row = {name: None if None in (before[name], part[name]) else before[name] + part[name] for name in ADDED}
     share = row["predicted training, s"] / row["training, s"]
     return row | {

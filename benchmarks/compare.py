@@ -1,6 +1,6 @@
 """python -m benchmarks.compare OLD.json NEW.json: the times that changed by more than both runs' noise.
 
-The exit code is 1 where something became slower, otherwise 0.
+The exit code is 1 if something became slower, otherwise 0.
 """
 
 import sys
@@ -15,9 +15,9 @@ from selfnpo.budget.cost import digits
 from selfnpo.cli import run
 from selfnpo.errors import UserError
 
-# Shares by which two runs of one commit may differ on a machine that others share. Short calls depend on where their memory
-# comes to lie.
-FLOOR, SHORT_FLOOR, SHORT = 0.2, 0.5, 1.0  # of which the last in ms
+# Shares by which two runs of the same commit may differ on a shared machine. Calls shorter than SHORT milliseconds also
+# depend on where their memory happens to be allocated.
+FLOOR, SHORT_FLOOR, SHORT = 0.2, 0.5, 1.0
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Change:
     figure: tuple[str, ...]  # table, row and column
     old: float  # ms
     new: float
-    noise: float  # share that may be chance
+    noise: float  # relative change that may be chance
 
     @property
     def share(self) -> float:
@@ -37,7 +37,7 @@ class Change:
 
 
 def times(results: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], list[float], float]]:
-    """Every figure that has quartiles, with its noise: that of its row and half the distance of its quartiles."""
+    """Every figure with quartiles, and its noise: that of its row plus half the distance between its quartiles."""
     for name, table in results["tables"].items():
         columns = [column["name"] for column in table["columns"]]
         for row in table["rows"]:
@@ -50,7 +50,7 @@ def times(results: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], list[float
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
-    """Of all figures that both have."""
+    """The changes of all figures that both files have."""
     before = {figure: (value, noise) for figure, value, noise in times(old)}
     found = []
     for figure, value, noise in times(new):

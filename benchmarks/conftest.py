@@ -1,4 +1,4 @@
-"""What benchmarks report: rows of tables, saved in a results file as they come; printed, with pictures, at the end."""
+"""Saves the rows that benchmarks record to a results file at once; prints a report with pictures at the end."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +26,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """The ops first, for the heap that others leave is in pieces, in which large results find no place twice."""
+    """Run the ops first: other benchmarks fragment the heap, so that large results cannot reuse memory."""
     items.sort(key=lambda item: item.path.stem != "bench_ops")
 
 
 def pytest_pyfunc_call(pyfuncitem):
-    """pytest-benchmark's own table says how long every benchmark took."""
+    """Run each benchmark once, so that pytest-benchmark's own table shows how long it took."""
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
     pyfuncitem.funcargs["benchmark"].pedantic(pyfuncitem.obj, kwargs=arguments, rounds=1)
     return True
@@ -39,7 +39,7 @@ def pytest_pyfunc_call(pyfuncitem):
 
 @pytest.fixture
 def record(benchmark, pytestconfig) -> Callable[..., None]:
-    """record(table, rows, ceilings): see `results.table`; what is recorded is saved, whatever comes after."""
+    """record(table, rows, ceilings): see `results.table`. Rows are saved at once, even if something fails later."""
 
     def add(name: str, rows: list[dict[str, Any]], ceilings: dict[str, float]) -> None:
         table = results.table(name, rows, {ceiling: [value] for ceiling, value in ceilings.items()})

@@ -1,6 +1,6 @@
-"""Memory that an arm frees is there for the next one, as GPU allocators keep it.
+"""Keeps memory that an arm frees for the next arm, as GPU allocators do.
 
-Otherwise the system maps and zeroes every large result anew, for all arms alike, and the time of that is what one sees.
+Otherwise the system maps and zeroes memory anew for every large result of every arm, and that dominates the times.
 Linux with glibc only; elsewhere nothing happens.
 """
 
@@ -15,7 +15,7 @@ HUGE_PAGE, MADV_HUGEPAGE = 2 << 20, 14
 
 
 def keep() -> None:
-    """From now on, what is freed stays with the process."""
+    """From now on, the process keeps freed memory."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
@@ -24,7 +24,7 @@ def keep() -> None:
 
 @cache
 def touch() -> None:
-    """Large results find memory that the system has mapped and zeroed before."""
+    """Map and zero memory in advance, for large results to reuse."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)

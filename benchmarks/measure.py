@@ -1,4 +1,4 @@
-"""Times of several ways to do one thing: in one process, taking turns, so that a machine's moods hit all of them alike."""
+"""Times several ways to do one thing. They take turns in one process, so that a slow machine affects all of them alike."""
 
 import gc
 import statistics
@@ -19,11 +19,11 @@ from selfnpo.errors import first_line
 from selfnpo.training.capture import Replayed
 
 CALLS_PER_GRAPH = 10
-SHORTEST = 2e-3  # seconds; on a CPU shorter calls are timed several at once
-WARM_UPS = {"cuda": 8, "cpu": 2}  # steps; on a GPU they are watched, and captured by the sixth
-WARM_UP_SECONDS = 5  # after the first step, which compiles; then a loop that is not captured is warm enough
+SHORTEST = 2e-3  # seconds; on a CPU shorter calls are timed in groups
+WARM_UPS = {"cuda": 8, "cpu": 2}  # steps; on a GPU the sixth one captures the graph, after steps that are watched
+WARM_UP_SECONDS = 5  # after the first step, which compiles; enough for loops that are not captured
 ROUNDS = (3, 50)
-AGAIN = "again"  # an arm that is the last one of the others once more
+AGAIN = "again"  # an extra arm that repeats the last one
 
 Step = Callable[[], object]
 
@@ -31,22 +31,22 @@ Step = Callable[[], object]
 @dataclass(frozen=True)
 class Times:
     quartiles: dict[str, tuple[float, float, float]]  # seconds by arm
-    noise: float  # between an arm and itself, as a share
+    noise: float  # relative difference between an arm and its repetition
 
     def median(self, arm: str) -> float:
         return self.quartiles[arm][1]
 
     def ms(self, arm: str) -> list[float] | None:
-        """Quartiles in milliseconds; None for an arm that was not there."""
+        """Quartiles in milliseconds, or None for an arm that was not measured."""
         return [float(f"{1e3 * value:.5g}") for value in self.quartiles[arm]] if arm in self.quartiles else None
 
     def ratio(self, arm: str, to: str) -> float | None:
-        """The time of `arm` as a multiple of that of `to`."""
+        """The time of `arm` as a multiple of the time of `to`."""
         return self.median(arm) / self.median(to) if {arm, to} <= self.quartiles.keys() else None
 
 
 def against_peak(work: float, seconds: float, peak: float) -> dict[str, float]:
-    """Columns for a step of `work` FLOPs: its share of the matmul peak measured beside it, and what was predicted."""
+    """Columns for a step of `work` FLOPs: its share of the matmul peak measured in the same run, and the prediction."""
     predicted = work / (EFFICIENCY * peak)
     return {
         "of matmul peak, %": 100 * work / seconds / peak,
@@ -56,7 +56,7 @@ def against_peak(work: float, seconds: float, peak: float) -> dict[str, float]:
 
 
 class Failures:
-    """What went wrong with some of the things that are measured, while the others go on."""
+    """Collects failures of single measurements while the others continue."""
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
@@ -73,7 +73,7 @@ class Failures:
             print(self.reasons[-1], flush=True)
 
     def finish(self) -> None:
-        """When all that could be measured is recorded.
+        """Call this after everything that could be measured is recorded.
 
         Raises:
             RuntimeError: something failed.
@@ -83,7 +83,7 @@ class Failures:
 
 
 def timers(arms: dict[str, Step], device: torch.device, failures: Failures) -> dict[str, Callable[[], float]]:
-    """Of every arm that can run."""
+    """A timer (see `timer`) for every arm that can run."""
     found = {}
     for name, function in arms.items():
         with failures.caught(name):
@@ -92,10 +92,10 @@ def timers(arms: dict[str, Step], device: torch.device, failures: Failures) -> d
 
 
 def timer(function: Step, device: torch.device) -> Callable[[], float]:
-    """A function that runs `function` a few times and returns seconds per call; on CUDA by events around the replay of a
-    graph."""
+    """A function that runs `function` a few times and returns seconds per call. On CUDA it times the replay of a graph
+    with events."""
     if device.type == "cpu":
-        function()  # compiles it, where it is compiled
+        function()  # compiles it, if it is to be compiled
         calls = max(1, int(SHORTEST / seconds_of(function, device)))
 
         def run() -> float:
@@ -108,7 +108,7 @@ def timer(function: Step, device: torch.device) -> Callable[[], float]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles, loads, and makes what an optimizer keeps, all of which a graph cannot
+        for _ in range(3):  # compiles, loads, and creates optimizer state, none of which a graph can do
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -128,7 +128,7 @@ def timer(function: Step, device: torch.device) -> Callable[[], float]:
 
 
 def in_turns(arms: dict[str, Callable[[], float]], budget: float) -> Times:
-    """Times of `arms`, which are warm and each return their own, forth and back (ABBA), for about `budget` seconds.
+    """Times `arms` for about `budget` seconds in turns, forth and back (ABBA). Arms are warm and return their own seconds.
 
     The last arm runs twice in every round, far apart.
     """
@@ -147,7 +147,7 @@ def in_turns(arms: dict[str, Callable[[], float]], budget: float) -> Times:
 
 
 def uncaptured(step: Step) -> str:
-    """What belongs behind the name of a warm loop that was to replay a graph and does not; empty for all others."""
+    """A note for the name of a warm loop that should replay a graph but does not; else empty."""
     execute = _execute(step)
     return "" if not isinstance(execute, Replayed) or execute.replay not in (None, execute.step) else " (NOT captured)"
 
@@ -158,13 +158,13 @@ def steps(
     budget: float,
     visit: Callable[[str, Step], Any] = lambda name, step: uncaptured(step),
 ) -> Iterator[tuple[str, Times, Any]]:
-    """Times of training steps, each made by its maker, warmed up and visited: names, times, what the visit returned.
+    """Times training steps. Each is made by its maker, warmed up and visited. Yields name, times, what the visit returned.
 
-    In turns on a CPU. On a GPU, which the activations of few loops fill, one after the other, and each is yielded as it
-    ends, with the times of those before it; there the noise is between its odd rounds and its even ones.
+    On a CPU the steps take turns. On a GPU the activations of a few loops would fill the memory, so they run one after the
+    other. Each is yielded when it is done, with the times of those before it; its noise compares its odd and even rounds.
 
     Raises:
-        RuntimeError: in the end, if some could not be measured.
+        RuntimeError: at the end, if some steps could not be measured.
     """
     failures = Failures()
     if device.type == "cpu":
@@ -189,7 +189,7 @@ def steps(
 
 
 def release() -> None:
-    """The memory of loops that are gone, to whoever asks the GPU for it."""
+    """Give back the memory of deleted loops to the GPU."""
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -204,7 +204,7 @@ def _alone(
 
 
 def warm(step: Step, device: torch.device) -> Step:
-    """After some calls, in which a loop compiles and is captured, however long these two take."""
+    """Call `step` until it is compiled and captured, however long that takes. Returns `step`."""
     step()
     started = time.perf_counter()
     for done in range(1, WARM_UPS[device.type]):
@@ -215,7 +215,7 @@ def warm(step: Step, device: torch.device) -> Step:
 
 
 def _execute(step: Step) -> Any:
-    """What a trainer's step calls: a `Replayed` where it is to be captured."""
+    """What a trainer's step calls: a `Replayed` if it is to be captured."""
     return getattr(getattr(getattr(step, "__self__", None), "step", None), "_execute", None)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a results file. Solid bars are measured or published, hatched ones predicted."""
+"""Pictures of a results file. Solid bars are measured or published, hatched bars are predicted."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ Results = dict[str, Any]
 
 
 def records(results: Results, name: str) -> list[dict[str, Any]]:
-    """Rows of a table as mappings from labels to values; medians where quartiles are given."""
+    """Rows of a table as mappings from labels to values. Quartiles become medians."""
     table = results["tables"].get(name, {"columns": [], "rows": []})
     return [dict(zip(map(label, table["columns"]), map(middle, row), strict=True)) for row in table["rows"]]
 
@@ -28,7 +28,7 @@ def caption(results: Results, table: str) -> str:
 
 
 def ladder(results: Results, path: Path) -> None:
-    """What each factor takes off the step of the released recipe."""
+    """How much time each factor takes off a step of the released recipe."""
     rows = records(results, "ladder")
     models = [*dict.fromkeys(row["model"] for row in rows)]
     figure, axes = plt.subplots(len(models), 1, figsize=(10, 3.1 * len(models)), layout="constrained", squeeze=False)
@@ -37,7 +37,7 @@ def ladder(results: Results, path: Path) -> None:
         times = [row["step, ms"] for row in found]
         for place, (row, before, now) in enumerate(zip(found, [0, *times], times, strict=False)):
             faster = now <= before
-            speed = f", {row['speed, x']:.2f}x" if row["speed, x"] else ""  # none where the first loop could not run
+            speed = f", {row['speed, x']:.2f}x" if row["speed, x"] else ""  # unknown if the first loop could not run
             axis.barh(place, abs(now - before), left=min(now, before), color=GRAY if not place else GREEN if faster else RED)
             change = f"{digits(now)} ms" if not place else f"{'−' if faster else '+'}{digits(abs(now - before), 2)} ms"
             axis.text(max(now, before), place, f" {change}{speed}", va="center", fontsize=9)
@@ -53,7 +53,7 @@ def ladder(results: Results, path: Path) -> None:
 
 
 def hours(results: Results, path: Path) -> None:
-    """Hours of 1,000 steps beside the paper's, on a logarithmic scale, one panel per model."""
+    """Hours of 1,000 steps next to the paper's, on a logarithmic scale, one panel per model."""
     here = {
         (row["model"].split(",")[0], row["weights"], row["run"]): row["run, device-hours"]
         for row in records(results, "steps")
@@ -99,7 +99,7 @@ def hours(results: Results, path: Path) -> None:
 
 
 def roofline(results: Results, path: Path) -> None:
-    """The ops on large tensors under the ceilings that were measured with them."""
+    """The ops on large tensors, under the ceilings measured in the same run."""
     ops = records(results, "ops")
     size = ops[-1]["size"]  # the largest
     rows = [row for row in ops if row["size"] == size]
@@ -110,14 +110,19 @@ def roofline(results: Results, path: Path) -> None:
     knee = min(roof / bandwidth, high)
     figure, axis = plt.subplots(figsize=(9.5, 5), layout="constrained")
     axis.plot([low, knee], [low * bandwidth, knee * bandwidth], color="0.3")
-    axis.text(1.6, 1.6 * bandwidth * 1.25, f"copy, {digits(bandwidth)} GB/s", ha="right", fontsize=9)
+    axis.text(2.2, 2.2 * bandwidth * 0.62, f"copy, {digits(bandwidth)} GB/s", ha="left", fontsize=9)
+    if results["environment"]["gpu"] == "none":  # it also reads each line that a copy overwrites: 12 bytes for 8 counted
+        limit = 1.5 * bandwidth
+        end = min(roof / limit, high)
+        axis.plot([low, end], [low * limit, end * limit], color="0.3", linestyle="--", linewidth=1)
+        axis.text(1.5, 1.5 * limit * 1.25, "1.5 x copy: no line is read\nbefore it is overwritten", ha="right", fontsize=9)
     if peaks:
         axis.plot([knee, high], [roof, roof], color="0.3")
         axis.text(high * 0.9, roof * 1.1, f"matrix products, {digits(roof)} GFLOP/s", ha="right", fontsize=9)
     for number, row in enumerate(rows, 1):
         x, y = row["intensity, op/B"], row["intensity, op/B"] * row["bandwidth, GB/s"]
         axis.plot(x, y, "o", color=BLUE, markersize=5, label=f"{number}  {row['op']}, {row['of copy, %']:.0f} % of copy")
-        above = number % 2 == 0  # neighbours must not cover each other
+        above = number % 2 == 0  # so that labels of neighbours do not overlap
         axis.annotate(str(number), (x, y), textcoords="offset points", xytext=(-3, 7 if above else -14), fontsize=9)
     axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low * bandwidth, 2 * roof))
     axis.set(xlabel="operations per byte, counted", ylabel="Gop/s, measured")

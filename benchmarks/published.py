@@ -1,4 +1,4 @@
-"""Configurations of published models, as their repositories hold them: enough to prove shapes and counts."""
+"""Configurations of published models, from their repositories: enough to derive shapes and counts."""
 
 import json
 from pathlib import Path

@@ -1,11 +1,11 @@
-"""A training step as the authors' released code takes it, to compare with; what it computes, not how it loads data.
+"""A training step that computes what the authors' released code computes, for comparison. Data loading is left out.
 
-Six steps of the reference, of which the sixth gives the target, each for the prompt and, in a call of its own, for the null
-prompt; every sample is evaluated to the end, also one that is finished. Float32 weights under autocast; what differs from
-sample to sample is looked up in a loop on the host; noise from torch.randn, the formulas in eager PyTorch; clipping, AdamW
-and an average by a Python loop, one after the other; the loss read by the host in every step. Substituted: latents are
-random instead of encoded images, AdamW is PyTorch's default instead of one in 8 bits, autocast is to bfloat16 instead of
-float16, and on a CPU, where bfloat16 is no faster, there is none.
+The reference takes six steps, and the sixth gives the target. Each step calls it for the prompt and, separately, for the
+null prompt. Every sample is evaluated to the end, even a finished one. Weights are float32 under autocast. Values that vary
+per sample are looked up in a loop on the host, noise comes from torch.randn, and formulas run in eager PyTorch. Clipping,
+AdamW and a moving average (a Python loop) run one after the other, and the host reads the loss in every step. Substituted:
+latents are random instead of encoded images, AdamW is PyTorch's default instead of an 8-bit one, autocast is to bfloat16
+instead of float16, and on a CPU there is no autocast, because bfloat16 is no faster there.
 """
 
 import torch
@@ -18,17 +18,17 @@ from selfnpo.schedule import make_grid, make_schedule
 from selfnpo.training.optimizer import FusedAdamW
 from selfnpo.training.student import FullStudent, converted
 
-GUIDANCE_SCALE = 0.0  # w = -1, so that the conditional output has no weight
+GUIDANCE_SCALE = 0.0  # w = -1: the conditional output has zero weight
 DECAY, HUBER_C, STEPS = 0.999, 1e-3, 5
 
 
 class ReleasedLoop:
-    """The loop, and with its factors taken away one by one:
+    """The loop. Its inefficiencies can be switched off one by one.
 
     Args:
-        dead_calls: evaluate the conditional branch too.
+        dead_calls: evaluate the conditional branch too, in spite of its zero weight.
         host_loops: look up times sample by sample on the host.
-        one_pass: clipping, AdamW and average by this project's optimizer, in bfloat16 with weights in two halves.
+        one_pass: use this project's optimizer for clipping, AdamW and moving average, with bfloat16 weights in two halves.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class ReleasedLoop:
 
     @property
     def evaluations(self) -> int:
-        """Of the reference per sample."""
+        """Evaluations of the reference per sample."""
         return (STEPS + 1) * (2 if self.dead_calls else 1)
 
     def predict(self, network: nn.Module, sample: Tensor, times: Tensor, condition: Tensor) -> Tensor:
         return self.base.predict(network, sample, times.float(), condition).float()
 
     def look_up(self, table: Tensor, index: Tensor) -> Tensor:
-        """Entries of a table on the device, to multiply samples with."""
+        """Entries of a table, on the device, shaped to multiply samples."""
         found = torch.stack([table[each] for each in index.tolist()]) if self.host_loops else table[index]
         return found.reshape(-1, *[1] * len(self.base.sample_shape))
 

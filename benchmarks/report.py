@@ -1,4 +1,4 @@
-"""python -m benchmarks.report RESULTS.json: a report in Markdown with pictures, beside it; benchmarks write it too."""
+"""python -m benchmarks.report RESULTS.json: writes a Markdown report with pictures next to it, as benchmarks do."""
 
 import sys
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from selfnpo.files import write_text
 
 
 def where(environment: dict[str, Any]) -> str:
-    """The device and its software, in words."""
+    """A description of the device and its software."""
     parts = [environment["device"], f"torch {environment['torch']}"]
     if environment["gpu"] != "none":
         parts += [f"driver {environment['driver']}", f"Triton {environment['triton']}"]
@@ -23,7 +23,7 @@ def where(environment: dict[str, Any]) -> str:
 
 
 def provenance(results: dict[str, Any], name: str) -> str:
-    """What stands under a table: its kind, device, day, commit and command."""
+    """The line under a table: its kind, device, day, commit and command."""
     table, environment = results["tables"][name], results["environment"]
     changed = " with changes" if environment["changed files"] else ""
     if any(column["kind"] == MEASURED for column in table["columns"]):
@@ -39,7 +39,7 @@ def to_markdown(results: dict[str, Any], pictures: dict[str, str] | None = None)
     """The whole report.
 
     Args:
-        pictures: names of files by table.
+        pictures: file names by table.
     """
     parts = [
         f"# Benchmarks: {results['environment']['device']}",
@@ -57,7 +57,7 @@ def to_markdown(results: dict[str, Any], pictures: dict[str, str] | None = None)
 
 
 def write(path: Path) -> list[Path]:
-    """Render a results file; returns the files made."""
+    """Render a results file. Returns the files written."""
     results = load(path)
     pictures = {name: path.with_name(f"{path.stem}-{name}.png") for name in PLOTS if name in results["tables"]}
     for name, picture in pictures.items():

@@ -1,11 +1,10 @@
-"""Results files: benchmarks/results/<device>/<date>-<commit>.json, one for all that a day measured of a commit.
+"""Results files: benchmarks/results/<device>/<date>-<commit>.json, one per device, day and commit.
 
     environment   what it ran on, with versions and clocks
     tables        name -> title, legend, source, measured_at, columns (name, unit, kind), rows, ceilings
 
-A row is a list with one value per column; a time is given by its quartiles. A later run of the day replaces the
-rows that it measures again. A copy without git is told its commit by SELFNPO_COMMIT: a hash, and -changed behind it where
-the working tree differs.
+A row is a list with one value per column; a time is given by its quartiles. A later run on the same day replaces the rows
+that it measures again. In a copy without git, set SELFNPO_COMMIT to the commit's hash, followed by -changed if files differ.
 """
 
 import json
@@ -35,7 +34,7 @@ def device() -> str:
 
 
 def git(*command: str) -> str:
-    """What git says of this copy, or UNKNOWN where it has none."""
+    """The output of a git command in this copy, or UNKNOWN without git."""
     try:
         done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     except FileNotFoundError:
@@ -45,7 +44,7 @@ def git(*command: str) -> str:
 
 @cache
 def checkout() -> tuple[str, list[str]]:
-    """Commit and changed files when this process first asked: what is committed later is not what it measures."""
+    """Commit and changed files, read once: commits made later are not what this process measures."""
     changed = git("status", "--porcelain", "--untracked-files=no", ":!benchmarks/results")
     return git("rev-parse", "HEAD"), changed.splitlines()
 
@@ -75,10 +74,10 @@ def _clocks() -> dict[str, Any]:
 
 
 def table(name: str, rows: list[dict[str, Any]], ceilings: dict[str, list[float]]) -> dict[str, Any]:
-    """As a results file holds it.
+    """A table in the form of a results file.
 
     Args:
-        rows: values by the labels of their columns.
+        rows: values by column label.
     """
     about = TABLES[name]
     columns = [vars(column) for column in about.columns]
@@ -98,7 +97,7 @@ def table(name: str, rows: list[dict[str, Any]], ceilings: dict[str, list[float]
 
 
 def check_folder(folder: Path) -> None:
-    """Before anything is measured.
+    """Called before anything is measured.
 
     Raises:
         UserError: results cannot be written there.
@@ -118,7 +117,7 @@ def _path(folder: Path, about: dict[str, Any], day: str) -> Path:
 
 
 def rows_before(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """Of a table in the newest file of this device and commit that has it, by the labels of their columns."""
+    """Rows of a table, by column label, from the newest file of this device and commit that has it."""
     pattern = _path(folder, environment(), "[0-9]" * 4 + "-*")
     for file in sorted(pattern.parent.glob(pattern.name), reverse=True):
         if found := load(file)["tables"].get(name):
@@ -127,7 +126,7 @@ def rows_before(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def save(tables: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write tables to the file of this device, day and commit; returns its path."""
+    """Write tables to the file of this device, day and commit. Returns its path."""
     about = environment()
     path = _path(folder, about, f"{datetime.now(timezone.utc):%Y-%m-%d}")
     known = load(path)["tables"] if path.exists() else {}
@@ -139,29 +138,29 @@ def save(tables: dict[str, Any], folder: Path = RESULTS) -> Path:
 
 
 def _joined(known: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
-    """`new`, with those rows of `known` that it does not have, and the ceilings of both."""
+    """`new`, plus the rows of `known` that it lacks, and the ceilings of both."""
     if known is None or known["columns"] != new["columns"]:
         return new
     now = {key(new, row): row for row in new["rows"]}
     rows = [now.pop(key(known, row), row) for row in known["rows"]] + [*now.values()]
     names = {*known["ceilings"], *new["ceilings"]}
     both = {name: known["ceilings"].get(name, []) + new["ceilings"].get(name, []) for name in sorted(names)}
-    ceilings = {name: [*dict.fromkeys(values)] for name, values in both.items()}  # rows share what was measured once
+    ceilings = {name: [*dict.fromkeys(values)] for name, values in both.items()}  # without duplicates: rows share a ceiling
     return new | {"rows": rows, "ceilings": ceilings}
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A results file.
+    """Read a results file.
 
     Raises:
-        UserError: it cannot be read, or is none.
+        UserError: it cannot be read, or is not a results file.
     """
     try:
         results = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} could not be read as JSON: {first_line(error)}") from error
     if not isinstance(results, dict) or results.keys() != {"environment", "tables"}:
-        raise UserError(f"{path} is no results file; expected one of benchmarks/results/<device>/<date>-<commit>.json")
+        raise UserError(f"{path} is not a results file; expected one of benchmarks/results/<device>/<date>-<commit>.json")
     return results
 
 

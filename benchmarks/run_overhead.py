@@ -1,7 +1,7 @@
-"""python -m benchmarks.run_overhead: what a run of SD1.5 costs beside its steps: log, relative_delta, checkpoints, pictures.
+"""python -m benchmarks.run_overhead: what a run of SD1.5 costs besides steps: log, relative_delta, checkpoints, pictures.
 
-The model is full-sized, with random weights, in bfloat16. What holds its steps up is measured once of each kind, and counted
-up to 1,000 steps of 20 samples. Without a GPU the steps are small ones; full weights take 20 GiB of memory, 30 GB of disk.
+The model is full-sized, with random weights, in bfloat16. Each kind of work that holds up steps is measured once and scaled
+up to 1,000 steps of 20 samples. Without a GPU the steps are small. Full weights take 20 GiB of memory and 30 GB of disk.
 """
 
 import hashlib
@@ -28,25 +28,25 @@ from selfnpo.training.trainer import DELTA_STEPS, REST, Trainer
 
 STEPS = 1000
 SMALL = {} if ON_GPU else {"train_batch_size": 1, "resolution": 64, "pool_size": 1, "num_inference_steps": 2}
-H100_FLOPS, H100_START = 64.2e12 / 0.248, 80.0  # per second, of full weights' steps, and seconds; predicted
-PCIE, DISK, SHA256 = 25e9, 2e9, 1.7e9  # bytes per second, assumed; of SHA-256 on a core of 3.5 GHz
-VAE_FLOPS = 50e12  # per second, in float32, assumed
+H100_FLOPS, H100_START = 64.2e12 / 0.248, 80.0  # FLOP/s in steps of full weights, and seconds; predicted
+PCIE, DISK, SHA256 = 25e9, 2e9, 1.7e9  # bytes per second, assumed; SHA-256 on one 3.5 GHz core
+VAE_FLOPS = 50e12  # FLOP/s in float32, assumed
 
 
 @dataclass(frozen=True)
 class RunOverhead:
-    """Measure what a run of SD1.5 costs beside its steps."""
+    """Measure what a run of SD1.5 costs besides its steps."""
 
     rank: int = 0
-    """Of a LoRA; 0 trains the full weights."""
+    """Rank of the LoRA; 0 trains the full weights."""
     folder: Path | None = None
-    """Where checkpoints lie for a while; by default the system's temporary folder."""
+    """Folder for temporary checkpoints; by default the system's temporary folder."""
     results: Path = results.RESULTS
-    """Folder of results files."""
+    """Folder for results files."""
 
 
 def measure(rank: int, folder: Path) -> tuple[dict[str, float], dict[str, int]]:
-    """Seconds here, of a step and of what holds steps up, each once; and the bytes that it moves."""
+    """Seconds on this machine for a step and for each kind of work that holds steps up, and the bytes that it moves."""
     workload = real("SD1.5", rank=rank, tandem="sequential", attention="sdpa", max_train_steps=3, logging_steps=1, **SMALL)
     base = workload.load()
     rows = {name: each.to(torch.bfloat16) for name, each in base.conditions.rows.items()}
@@ -59,13 +59,13 @@ def measure(rank: int, folder: Path) -> tuple[dict[str, float], dict[str, int]]:
     seconds = {"step": state.seconds / 3, "log": state.beside["logging"] / 3}
     seconds["last"] = _held_up(state.beside, "checkpoints", writer.wait)
     seconds["delta"] = seconds_of(state.student.relative_delta, DEVICE)
-    for _ in range(2):  # the first time buffers are made
+    for _ in range(2):  # the first time creates buffers
         taken = _held_up(state.beside, "checkpoints", trainer._checkpoint)
         if not writer.fits_twice:
             seconds["waiting"], seconds["copied"] = taken, _copy_seconds(state.tensors())
             break
         writer.done.wait()
-        seconds["copied"] = taken + _held_up(state.beside, "checkpoints", writer.wait)  # which adds the device's time
+        seconds["copied"] = taken + _held_up(state.beside, "checkpoints", writer.wait)  # adds the device's time
     size = sum(each.nbytes for each in state.tensors().values())
     theta = sum(each.nbytes for each in base.denoiser.parameters())
     return seconds, {"delta": 0 if rank else theta, "checkpoint": size, "negative": 0 if rank else theta}
@@ -78,7 +78,7 @@ def _held_up(beside: dict[str, float], kind: str, action: Callable[[], object]) 
 
 
 def _copy_seconds(tensors: dict[str, Tensor]) -> float:
-    """Of a copy of all, from one of as many as make a gigabyte."""
+    """Seconds to copy all tensors, extrapolated from about a gigabyte of them."""
     started, copied = time.perf_counter(), []
     for tensor in tensors.values():
         copied.append(tensor.clone())
@@ -89,7 +89,7 @@ def _copy_seconds(tensors: dict[str, Tensor]) -> float:
 
 
 def _hashing() -> float:
-    """Bytes per second of one core."""
+    """Bytes per second on one core."""
     data = bytes(1 << 28)
     started = time.thread_time()
     hashlib.sha256(data)
@@ -97,7 +97,7 @@ def _hashing() -> float:
 
 
 def picture_flops(config: TrainConfig, forward: int) -> tuple[int, int]:
-    """Of the pictures at the end: of the denoiser, guided twice over, and of the VAE."""
+    """FLOPs of the final pictures: of the denoiser, for two guided sets of samples, and of the VAE."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
         block_out_channels=(128, 256, 512, 512),
@@ -109,14 +109,14 @@ def picture_flops(config: TrainConfig, forward: int) -> tuple[int, int]:
 
 
 def rows_of(rank: int, seconds: dict[str, float], size: dict[str, int]) -> list[dict[str, Any]]:
-    """Of the table, for a run of 1,000 steps of 20 samples, here and on an H100."""
+    """Rows of the table, for a run of 1,000 steps of 20 samples, here and on an H100."""
     workload = real("SD1.5", rank=rank)
     config, flops = workload.config, count_flops(workload.config, workload.source)
     work, (sampling, decoding) = step_flops(config, flops, evaluations(config)), picture_flops(config, flops.forward)
     peak = EFFICIENCY * matmul_peak(DEVICE, torch.bfloat16)
     here, steps_there = STEPS * (seconds["step"] if ON_GPU else work / peak), STEPS * work / H100_FLOPS
     there, pictures = steps_there + H100_START, sampling / H100_FLOPS + decoding / VAE_FLOPS
-    # Beside the last checkpoint the negative is written, to the same disk, and pictures are made.
+    # While the last checkpoint is written, the negative is written to the same disk and pictures are made.
     negative = size["negative"] / DISK
     written = max(size["checkpoint"] / SHA256, size["checkpoint"] / DISK + negative)
     looks = STEPS / (config.logging_steps if rank else DELTA_STEPS)

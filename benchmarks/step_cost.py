@@ -1,4 +1,4 @@
-"""What a training step does besides taking time: launches, values read by the host, memory."""
+"""What a training step costs besides time: launches, values read by the host, memory."""
 
 import gc
 import warnings
@@ -17,7 +17,7 @@ LAUNCHES = {
     "cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch", "cudaMemcpyAsync",
     "cudaMemsetAsync",
 }  # fmt: skip
-# Operators that may come to nothing, or only make room.
+# Operators that may do nothing, or only allocate.
 IDLE = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_", "to", "contiguous",
     "reshape", "resolve_conj", "resolve_neg", "dropout", "_unsafe_view", "lift_fresh", "detach_", "as_strided_", "item",
@@ -28,17 +28,17 @@ IDLE = {
 @dataclass(frozen=True)
 class StepCost:
     launches: int  # kernels, copies and graphs on a GPU; operators and compiled loops on a CPU
-    host_reads: int  # values that Python reads; of tensors on the GPU, where there is one
-    peak_bytes: int  # on a GPU in all; on a CPU what the step allocates at once
+    host_reads: int  # values that Python reads from tensors; on a GPU, from tensors there
+    peak_bytes: int  # on a GPU in total; on a CPU only what the step allocates
 
 
 def step_cost(step: Callable[[], object], device: torch.device) -> StepCost:
-    """Of one step that is warmed up."""
+    """The cost of one warmed-up step."""
     return _on_gpu(step) if device.type == "cuda" else _on_cpu(step)
 
 
 def held_bytes() -> int:
-    """Of all tensors that are alive in host memory."""
+    """Bytes of all live tensors in host memory."""
     gc.collect()
     tensors = (
         each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter) and each.device.type == "cpu"
@@ -68,7 +68,7 @@ def _on_cpu(step: Callable[[], object]) -> StepCost:
     lists: list[int] = []
     tolist = torch.Tensor.tolist
 
-    def counted(tensor: torch.Tensor) -> list:  # which the profiler does not see
+    def counted(tensor: torch.Tensor) -> list:  # the profiler does not see tolist
         lists.append(1)
         return tolist(tensor)
 
@@ -87,14 +87,14 @@ def _on_cpu(step: Callable[[], object]) -> StepCost:
 
 
 def _launches(event: FunctionEvent) -> int:
-    """Of the innermost operators that do something."""
+    """Counts the innermost operators that do some work."""
     if event.name.startswith("selfnpo::"):
         return 1
     return sum(map(_launches, event.cpu_children)) or int(_computes(event.name))
 
 
 def _reads(event: FunctionEvent) -> int:
-    """But not those within a fused op or an optimizer, whose counters lie on the host anyway."""
+    """Counts reads, except inside a fused op or an optimizer, whose counters are on the host anyway."""
     if event.name.startswith(("selfnpo::", "Optimizer.step")):
         return 0
     return int(event.name.removeprefix("aten::") in READS) + sum(map(_reads, event.cpu_children))

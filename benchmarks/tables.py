@@ -1,7 +1,7 @@
-"""The tables of the report: which figures they hold, in what unit and of what kind.
+"""The tables of the report: which figures they have, in what unit and of what kind.
 
 A figure is measured, counted (from shapes, on the meta device), predicted (from counted figures and a stated efficiency) or
-published (by the paper). In Markdown what is predicted stands in italics.
+published (by the paper). In Markdown, predicted figures are in italics.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ MEASURED, COUNTED, PREDICTED, PUBLISHED = "measured", "counted", "predicted", "p
 class Column:
     name: str
     unit: str = ""
-    kind: str = ""  # empty for what names a row
+    kind: str = ""  # empty for columns that name a row
 
 
 @dataclass(frozen=True)
 class Table:
     title: str
     legend: str
-    source: str  # the command that makes it
+    source: str  # the command that makes the table
     columns: tuple[Column, ...]
 
 
@@ -38,7 +38,7 @@ def _names(*names: str) -> tuple[Column, ...]:
 STEP = Column("step", "ms", MEASURED)
 ERROR = Column("error of that", "%", PREDICTED)
 PREDICTED_STEP = (Column("predicted step", "ms", PREDICTED), ERROR)
-NOISE = Column("noise", "%", MEASURED)  # between one of the row's functions and itself
+NOISE = Column("noise", "%", MEASURED)  # difference between two timings of the same function
 ASSUMED = f"Predicted: counted FLOPs at {100 * EFFICIENCY:.0f} % of"
 OF_PEAK = Column("of matmul peak", "%", MEASURED)
 
@@ -98,13 +98,13 @@ TABLES = {
     ),
     "guidance": Table(
         "A guided evaluation with a negative model",
-        "x: multiples of plain guidance with one model. Whole weights and LoRA are what `guide` takes; two calls: positive "
+        "x: multiples of plain guidance with one model. Full weights and LoRA are what `guide` takes; two calls: positive "
         "and negative one after the other, by hand. A picture of N steps takes N evaluations.",
         _bench("guidance"),
         (
             *_names("model", "batch"),
-            *_measured(("plain", "ms"), ("two calls", "ms"), ("whole weights", "ms"), ("LoRA", "ms")),
-            *_measured(("two calls", "x"), ("whole weights", "x"), ("LoRA", "x")),
+            *_measured(("plain", "ms"), ("two calls", "ms"), ("full weights", "ms"), ("LoRA", "ms")),
+            *_measured(("two calls", "x"), ("full weights", "x"), ("LoRA", "x")),
             NOISE,
         ),
     ),
@@ -122,7 +122,8 @@ TABLES = {
     "ops": Table(
         "The fused ops against PyTorch",
         "Float32. Eager is what one writes in PyTorch, compile the same under `torch.compile`, `randn` included where noise "
-        "is drawn. Of copy: bytes that an op must move, over its time, against `tensor.copy_` of the same tensor. "
+        "is drawn. Of copy: bytes that an op must move, over its time, against `tensor.copy_` of the same tensor; a CPU may "
+        "exceed it, up to 150 %, because it also reads each cache line that a copy overwrites, which is not counted. "
         "Predicted: those bytes at 85 % of the copy's bandwidth.",
         _bench("ops"),
         (
@@ -186,25 +187,25 @@ TABLES = {
 
 
 def middle(value: Any) -> Any:
-    """The median of a figure that is given as its quartiles."""
+    """The median of a figure that is given by its quartiles."""
     return value[1] if isinstance(value, (list, tuple)) else value
 
 
 def label(column: dict[str, str]) -> str:
-    """ "name" or "name, unit", which no two columns of a table share."""
+    """ "name" or "name, unit", unique in a table."""
     return f"{column['name']}, {column['unit']}" if column["unit"] else column["name"]
 
 
 def key(table: dict[str, Any], row: list[Any]) -> tuple[str, ...]:
-    """What names a row."""
+    """The values that name a row."""
     return tuple(str(value) for column, value in zip(table["columns"], row, strict=True) if not column["kind"])
 
 
 def to_markdown(table: dict[str, Any], names: tuple[str, ...] = ()) -> str:
-    """Of a table as a results file holds it, without columns that are empty.
+    """A table of a results file in Markdown, without empty columns.
 
     Args:
-        names: of the columns to show, each with all its units; by default all.
+        names: names of the columns to show, each in all its units; by default all.
     """
     columns = table["columns"]
     shown = [

@@ -1,5 +1,5 @@
-"""What is measured: published architectures with random weights and random prompts. On a GPU they have their real sizes; on
-a CPU stand-ins of the same family, named so, take their places."""
+"""What is measured: published architectures with random weights and random prompts. On a GPU they have their real sizes. On
+a CPU, smaller stand-ins of the same family are used and named as such."""
 
 import atexit
 import tempfile
@@ -30,7 +30,7 @@ PROMPTS = 16
 
 
 class DoesNotFit(UserError):
-    """More memory is needed than there is."""
+    """There is not enough memory."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Workload:
     name: str
     source: Source
     config: TrainConfig
-    channels_last: bool = False  # also where nothing is compiled
+    channels_last: bool = False  # even without compilation
 
     def describe(self) -> str:
         return f"{self.name}, batch {self.config.train_batch_size}"
@@ -49,7 +49,7 @@ class Workload:
     def check_fits(self, processes: int = 1) -> None:
         """
         Raises:
-            DoesNotFit: that many runs at once do not.
+            DoesNotFit: so many runs do not fit into memory at once.
         """
         needed = processes * memory_plan(self.config, self.source, PROMPTS, DEVICE).total
         free = free_memory(DEVICE)
@@ -58,19 +58,19 @@ class Workload:
             raise DoesNotFit(f"{what}: got {free / 2**30:.1f} GiB of free memory, needed {needed / 2**30:.1f} by the plan")
 
     def trainer(self, output_dir: Path | None = None) -> Trainer:
-        """Of a fresh copy of the model."""
+        """A trainer with a fresh copy of the model."""
         base, config = self.load(), self.config
         return Trainer(config, base, output_dir, data_rollout(config, base) if config.rollout == "data" else None)
 
     def load(self) -> PretrainedModel:
-        """The model with random weights, where `selfnpo.inputs.data.load_base` has it."""
+        """The model with random weights, placed as by `selfnpo.inputs.data.load_base`."""
         family, config = self.source.family, self.source.config
         torch.manual_seed(0)
         with DEVICE:
             model = family.denoiser_class.from_config(config)
         home = (DEVICE, DTYPE) if self.config.rank else ("cpu", torch.float32)
         layout = torch.channels_last if self.channels_last else None
-        model = nn.Module.to(model, *home, memory_format=layout).eval().requires_grad_(False)  # diffusers' own warns
+        model = nn.Module.to(model, *home, memory_format=layout).eval().requires_grad_(False)  # diffusers' own `to` warns
         shape = family.sample_shape(config, self.source.scale, self.config)
         shapes = family.condition_shapes(config).items()
         rows = {name: torch.randn(PROMPTS + 1, *row, device=DEVICE, dtype=DTYPE) for name, row in shapes}
@@ -83,7 +83,7 @@ class Workload:
 
 
 def data_rollout(config: TrainConfig, base: PretrainedModel) -> DataRollout:
-    """The released recipe's rollout, from random latents."""
+    """The released recipe's rollout, but from random latents."""
     grid = make_grid(base.scheduler, config.num_inference_steps)
     reference = Reference(base, grid, config.rollout_guidance_scale, config.train_batch_size)
     generator = torch.Generator().manual_seed(0)
@@ -93,17 +93,17 @@ def data_rollout(config: TrainConfig, base: PretrainedModel) -> DataRollout:
 
 
 def train_step(workload: Workload) -> Callable[[], object]:
-    """Of a fresh loop.
+    """The training step of a fresh loop.
 
     Raises:
-        DoesNotFit: there is no room for it.
+        DoesNotFit: it does not fit into memory.
     """
     workload.check_fits()
     return workload.trainer().train_step
 
 
 def evaluations(config: TrainConfig) -> float:
-    """Of the reference per sample, on average; a finished sample is not evaluated again."""
+    """Evaluations of the reference per sample, on average. A finished sample is not evaluated again."""
     length = config.num_inference_steps
     return {
         "pool": 1,
@@ -114,7 +114,7 @@ def evaluations(config: TrainConfig) -> float:
 
 
 def sd15(side: int = 64 if ON_GPU else 16) -> Workload:
-    """For latents of `side` x `side`."""
+    """SD1.5 for latents of `side` x `side`."""
     return _workload("SD1.5", side)
 
 
@@ -127,7 +127,7 @@ def cogvideox() -> Workload:
 
 
 def real(name: str, **changes: Any) -> Workload:
-    """A model in its published size, to count with; nothing of this size is made on a CPU."""
+    """A model in its published size, for counting. Nothing of this size is created on a CPU."""
     source = _source(name, real=True)
     config = preset_config("default", source.family.presets, changes.get("rank", 0) > 0)
     return Workload(name, source, replace(config, mixed_precision="bf16", **changes))
@@ -160,7 +160,7 @@ PUBLISHED = {
     "SDXL": published.STABLE_DIFFUSION_XL,
     "CogVideoX-2b": published.COGVIDEOX_2B,
 }
-# What a stand-in changes in the published configuration: about a tenth as wide, two levels or a few layers, short prompts.
+# What stand-ins change in the published configurations: about a tenth as wide, two levels or a few layers, short prompts.
 STAND_INS: dict[str, dict[str, dict[str, Any]]] = {
     "SD1.5": {
         "unet/config.json": {

@@ -23,12 +23,12 @@ struct AdamWSettings {
           ema_weight(static_cast<float>(1 - ema_decay)) {}
 };
 
-// What one step's updates share.
+// Values that all updates of one step share.
 struct AdamWStep {
     float grad_scale, decay, step_size, rest1, beta2, rest2, correction2_sqrt, eps, ema_weight;
 };
 
-// One tensor: `low` and `ema_low` hold the low halves of split weights, or are absent where weights are float32.
+// One tensor. `low` and `ema_low` are the low halves of split weights, or null if weights are float32.
 struct AdamWTensor {
     void* param;
     int16_t* low;
@@ -40,7 +40,7 @@ struct AdamWTensor {
 };
 
 SELFNPO_ANYWHERE AdamWStep adamw_step(const AdamWSettings& settings, int64_t step, float lr, float grad_scale) {
-    // 1 - beta^step without the cancellation at small steps.
+    // 1 - beta^step, without cancellation at small steps.
     const float count = static_cast<float>(step);
     const float correction1 = -expm1f(count * settings.log_beta1), correction2 = -expm1f(count * settings.log_beta2);
     AdamWStep now;
@@ -64,14 +64,14 @@ SELFNPO_ANYWHERE void adamw(float& param, float& exp_avg, float& exp_avg_sq, flo
     param = param * step.decay - step.step_size * (exp_avg / denominator);
 }
 
-// A float32 weight is the sum of its nearest bfloat16, as bits, and a signed 16-bit remainder: nothing is lost.
+// The bits of a float32 weight are the sum of its nearest bfloat16 and a signed 16-bit remainder, so nothing is lost.
 SELFNPO_ANYWHERE float join(uint16_t high, int16_t low) {
     return bits_to_float((static_cast<uint32_t>(high) << 16) + static_cast<uint32_t>(static_cast<int32_t>(low)));
 }
 
 SELFNPO_ANYWHERE void split(float value, uint16_t& high, int16_t& low) {
     uint32_t bits = float_to_bits(value);
-    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) bits = 0x7FC00000u;  // a NaN of all ones, as GPUs make it, would round to -0
+    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) bits = 0x7FC00000u;  // an all-ones NaN, as GPUs produce it, would round to -0
     high = static_cast<uint16_t>((bits + 0x8000u) >> 16);
     low = static_cast<int16_t>(bits & 0xFFFFu);
 }

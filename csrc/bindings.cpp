@@ -1,5 +1,5 @@
-// The Python module selfnpo_kernels._C. It knows no torch: tensors come in as (address, dtype code), sizes and counts as
-// integers, and the callers in selfnpo_kernels check them.
+// The Python module selfnpo_kernels._C. It does not depend on torch: tensors are passed as (address, dtype code), sizes and
+// counts as integers. The callers in selfnpo_kernels check them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -23,7 +23,7 @@ Tensor output(Typed tensor) { return {reinterpret_cast<void*>(tensor.first), sta
 ConstTensor input(Typed tensor) { return {reinterpret_cast<const void*>(tensor.first), static_cast<Dtype>(tensor.second)}; }
 Rows rows_of(std::pair<Address, int64_t> rows) { return {reinterpret_cast<const float*>(rows.first), rows.second}; }
 
-// One tuple per tensor: param, low, grad, exp_avg, exp_avg_sq, ema, ema_low (addresses, 0 where absent), elements.
+// One tuple per tensor: param, low, grad, exp_avg, exp_avg_sq, ema, ema_low (addresses, 0 if absent), elements.
 using AdamWAddresses = std::tuple<Address, Address, Address, Address, Address, Address, Address, int64_t>;
 
 std::vector<AdamWTensor> adamw_tensors(const std::vector<AdamWAddresses>& addresses) {

@@ -9,7 +9,7 @@
 
 namespace selfnpo {
 
-// counter: element / 4, step, site, sample id; replaced by the four output words.
+// The counter (element / 4, step, site, sample id) is replaced by the four output words.
 SELFNPO_ANYWHERE void philox_4x32(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t key0, uint32_t key1) {
     for (int round = 0; round < 10; ++round) {
         const uint64_t product0 = uint64_t{0xD2511F53} * c0, product1 = uint64_t{0xCD9E8D57} * c2;
@@ -42,8 +42,8 @@ inline float log_positive(float x) {
     return f + tail + e * 0.693359375f;
 }
 
-// Sine and cosine of an angle in [-pi, pi], within 1 ulp of the result's scale: the nearest multiple of pi/2 is taken away
-// in three exact pieces, Cephes polynomials do the rest.
+// Sine and cosine of an angle in [-pi, pi], within 1 ulp of the result's scale: the nearest multiple of pi/2 is
+// subtracted in three exact pieces, and Cephes polynomials do the rest.
 inline void sin_cos(float angle, float& sine, float& cosine) {
     const float rounded = angle * 0.636619772f + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the nearest integer
     const uint32_t quadrant = float_to_bits(rounded);
@@ -53,13 +53,13 @@ inline void sin_cos(float angle, float& sine, float& cosine) {
     const float s = ((-1.9515295891e-4f * r2 + 8.3321608736e-3f) * r2 - 1.6666654611e-1f) * r2 * r + r;
     const float c =
         ((2.443315711809948e-5f * r2 - 1.388731625493765e-3f) * r2 + 4.166664568298827e-2f) * r2 * r2 - 0.5f * r2 + 1.0f;
-    const uint32_t odd = 0u - (quadrant & 1u);  // all ones where sine and cosine trade places
+    const uint32_t odd = 0u - (quadrant & 1u);  // all ones if sine and cosine swap
     const uint32_t s_bits = float_to_bits(s), c_bits = float_to_bits(c);
     sine = bits_to_float(((s_bits & ~odd) | (c_bits & odd)) ^ ((quadrant & 2u) << 30));
     cosine = bits_to_float(((c_bits & ~odd) | (s_bits & odd)) ^ (((quadrant + 1u) & 2u) << 30));
 }
 
-// Two standard normals of two words.
+// Two standard normals from two words.
 inline void box_muller(uint32_t word0, uint32_t word1, float& normal0, float& normal1) {
     const float uniform = static_cast<float>(word0) * 0x1p-32f + 0x1p-33f;
     const float angle =

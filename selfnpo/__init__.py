@@ -1,7 +1,9 @@
 """Self-NPO: negative models for classifier-free guidance from a diffusion model's own truncated rollouts."""
 
+import re
 import sys
 from importlib.abc import MetaPathFinder
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ _MOVED = {  # modules that lay here once, by the package that has them now
 
 def __getattr__(name: str) -> Any:
     """Imports diffusers for those who ask for it, and not for every command."""
+    if name == "__version__":  # read, because importing selfnpo_kernels would import torch
+        source = (Path(__file__).parents[1] / "selfnpo_kernels" / "__init__.py").read_text(encoding="utf-8")
+        return re.findall(r'^__version__ = "(.+)"', source, re.MULTILINE)[0]
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from selfnpo import guidance

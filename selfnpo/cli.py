@@ -1,46 +1,108 @@
 """Command lines: typed arguments in, one sentence and exit code 2 out when something is wrong."""
 
+import contextlib
+import difflib
+import io
+import logging
+import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
-import torch
 import tyro
 
 from selfnpo.errors import UserError
-from selfnpo_kernels.dispatch import backend_for
 
 Config = TypeVar("Config")
 
 
 def parse(config_type: type[Config], args: Sequence[str] | None = None, default: Config | None = None) -> Config:
-    """Command-line arguments as a dataclass, flags written as the fields are; exits with code 2 and a hint on bad ones.
+    """Command-line arguments as a dataclass; flags are named like its fields.
 
     Raises:
-        UserError: SELFNPO_BACKEND forces a backend that cannot run here.
+        UserError: a flag or a value that the command does not know, or SELFNPO_BACKEND names a backend that cannot run.
     """
-    config = tyro.cli(config_type, args=args, default=default, use_underscores=True)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config, unknown = tyro.cli(
+                config_type, args=args, default=default, use_underscores=True, prog=_program(), return_unknown_args=True
+            )
+    except SystemExit as ended:
+        if ended.code == 0:  # --help
+            raise
+        raise UserError(_sentence(said.getvalue())) from None
+    if unknown:
+        raise UserError(_unknown(unknown[0], config_type))
+    if "SELFNPO_BACKEND" in os.environ:
+        _check_backend()
+    return config
+
+
+def _program() -> str | None:
+    """What the user typed: "selfnpo train" or "python -m selfnpo.train"."""
+    if sys.argv[0].startswith("selfnpo "):
+        return sys.argv[0]
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name}" if spec and spec.name.startswith("selfnpo") else None
+
+
+def _sentence(box: str) -> str:
+    """What tyro says in a box: its first paragraph, without the frame."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    end = next((number for number, line in enumerate(lines) if line.startswith("───")), len(lines))
+    return " ".join(" ".join(lines[:end]).split()).removesuffix(".") + "; --help explains every flag"
+
+
+def flags(config_type: type) -> list[str]:
+    """Every flag of a command, with its other names."""
+    found = []
+    for name, hint in get_type_hints(config_type, include_extras=True).items():
+        aliases = [alias for each in getattr(hint, "__metadata__", ()) for alias in getattr(each, "aliases", None) or ()]
+        found += [f"--{name}", *aliases]
+    return found
+
+
+def _unknown(word: str, config_type: type) -> str:
+    if not word.startswith("-"):
+        return f"got '{word}', which belongs to no flag; expected flags and their values (--help lists them)"
+    name = word.split("=")[0]
+    similar = difflib.get_close_matches("--" + name.lstrip("-").replace("-", "_"), flags(config_type), n=1)
+    return nearest(f"there is no flag {name}", similar, "--help lists all flags")
+
+
+def nearest(problem: str, similar: Sequence[str], otherwise: str) -> str:
+    """One sentence about a name that does not exist."""
+    return f"{problem}; " + (f"did you mean {similar[0]}?" if similar else otherwise)
+
+
+def _check_backend() -> None:
+    import torch  # only here, so that mistakes are answered before PyTorch is loaded
+
+    from selfnpo_kernels.dispatch import backend_for
+
     try:
         backend_for("this command", torch.empty(0))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{error}; unset SELFNPO_BACKEND or set it to another one") from error
-    return config
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:
     """Settings as words of a command line, which `parse` reads back."""
-    flags = []
+    found = []
     for name, value in values.items():
         if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no_{name}")
+            found.append(f"--{name}" if value else f"--no_{name}")
         else:
-            flags += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    return flags
+            found += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return found
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a command and exit with its code: 2 for a user's mistake, 130 when interrupted, never a traceback for either."""
+    _only_our_own_lines()
     try:
         code = main() or 0
     except UserError as error:
@@ -50,3 +112,21 @@ def run(main: Callable[[], int | None]) -> None:
         print("interrupted; nothing further was written", file=sys.stderr)
         code = 128 + signal.SIGINT
     sys.exit(code)
+
+
+def _only_our_own_lines() -> None:
+    """Lines appear when they are written, warnings are sentences, and libraries do not advertise other packages.
+
+    Whoever wants to hear the libraries sets their variables, such as DIFFUSERS_VERBOSITY=info.
+    """
+    sys.stdout.reconfigure(line_buffering=True)  # also into a file
+    for name, value in (
+        ("DIFFUSERS_VERBOSITY", "error"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
+        os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # misses a package that is not used here
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.simplefilter("ignore", category)

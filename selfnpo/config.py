@@ -6,20 +6,25 @@ by their names in kohya's scripts and in the authors' released code too.
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import yaml
 from tyro.conf import arg
 
 from selfnpo.cli import as_flags, parse
 from selfnpo.errors import UserError, first_line
-from selfnpo.models import ModelOptions, SampleOptions, Source
+from selfnpo.models.source import Source
+from selfnpo.options import ModelOptions, Precision, SampleOptions
 
-Precision = Literal["auto", "no", "fp16", "bf16"]
+
+def _preset_arg(*aliases: str) -> object:
+    """For a field that a preset, a family of models or a LoRA changes: `--help` says so beside its value on the demo."""
+    return arg(
+        aliases=aliases, help_behavior_hint=lambda value: f"(default: the preset's for the model; {value} on the demo)"
+    )
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class TrainConfig(SampleOptions, ModelOptions):
     """Layers that a LoRA adapts, by the ends of their names; by default the family's attention projections."""
     mixed_precision: Precision = "auto"
     """Arithmetic of the networks; auto is bf16 on GPUs that have it and no (float32) elsewhere."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, _preset_arg()] = False
     """Compute activations again in the backward pass instead of keeping them."""
     gradient_accumulation_steps: int = 1
     """Forward passes per optimizer step, each of train_batch_size samples."""
@@ -66,21 +71,21 @@ class TrainConfig(SampleOptions, ModelOptions):
 
     seed: int = 0
     """Key of every random number of the run."""
-    max_train_steps: int = 2000
+    max_train_steps: Annotated[int, _preset_arg()] = 2000
     """Optimizer steps."""
-    train_batch_size: int = 128
+    train_batch_size: Annotated[int, _preset_arg()] = 128
     """Samples per forward pass."""
-    learning_rate: float = 5e-5
+    learning_rate: Annotated[float, _preset_arg()] = 5e-5
     """Peak learning rate of AdamW."""
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
+    lr_scheduler: Annotated[Literal["constant", "constant_with_warmup", "linear", "cosine"], _preset_arg()] = "cosine"
     """Course of the learning rate."""
-    lr_warmup_steps: int = 100
+    lr_warmup_steps: Annotated[int, _preset_arg()] = 100
     """Steps over which the learning rate rises."""
     adam_beta1: float = 0.9
     """AdamW's first decay."""
     adam_beta2: float = 0.999
     """AdamW's second decay."""
-    adam_weight_decay: float = 1e-3
+    adam_weight_decay: Annotated[float, _preset_arg()] = 1e-3
     """AdamW's weight decay."""
     adam_epsilon: float = 1e-8
     """AdamW's epsilon."""
@@ -89,23 +94,23 @@ class TrainConfig(SampleOptions, ModelOptions):
     max_grad_norm: float = 1.0
     """Gradient norm above which gradients are scaled down."""
 
-    rollout: Literal["pool", "fresh", "full", "data"] = "pool"
+    rollout: Annotated[Literal["pool", "fresh", "full", "data"], _preset_arg()] = "pool"
     """Where training samples come from; see selfnpo/training/rollout.py."""
     pool_size: int = 8
     """Trajectories under way in pool mode, in batches; the more, the less alike consecutive batches are."""
     num_inference_steps: Annotated[int, arg(aliases=("--num_ddim_timesteps",))] = 25
     """Points of the DDIM grid of a rollout."""
     num_rollout_steps: int = 5
-    """K: steps of a rollout that starts from data."""
-    rollout_guidance_scale: float = 0.0
+    """K: steps of a rollout that starts from data (rollout data)."""
+    rollout_guidance_scale: Annotated[float, _preset_arg()] = 0.0
     """Guidance of the reference in its rollouts: 0 unconditional, 1 conditional, above 1 guided."""
-    reference_decay: float = 0.999
+    reference_decay: Annotated[float, _preset_arg()] = 0.999
     """The reference is an exponential moving average of the student with this decay; 1 keeps it frozen."""
-    condition_dropout: Annotated[float, arg(aliases=("--proportion_empty_prompts", "--caption_dropout_rate"))] = 0.1
+    condition_dropout: Annotated[float, _preset_arg("--proportion_empty_prompts", "--caption_dropout_rate")] = 0.1
     """Share of the student's conditions replaced by the null condition."""
-    loss: Annotated[Literal["l2", "huber"], arg(aliases=("--loss_type",))] = "l2"
+    loss: Annotated[Literal["l2", "huber"], _preset_arg("--loss_type")] = "l2"
     """Distance between the student's x_0 and the target."""
-    loss_weighting: Literal["x0", "epsilon"] = "epsilon"
+    loss_weighting: Annotated[Literal["x0", "epsilon"], _preset_arg()] = "epsilon"
     """x0: as the paper writes it; epsilon: weighted by alpha_s / sigma_s, in units of the noise."""
     huber_c: float = 1e-3
     """Where the Huber loss turns from quadratic to linear."""
@@ -135,8 +140,8 @@ class TrainConfig(SampleOptions, ModelOptions):
     """Checkpoints to keep; older ones are deleted."""
     logging_steps: int = 10
     """Steps between lines of log.jsonl."""
-    report_to: Annotated[Literal["none", "tensorboard"], arg(aliases=("--log_with",))] = "none"
-    """Also log to TensorBoard (pip install 'selfnpo[tensorboard]')."""
+    report_to: Annotated[Literal["none", "tensorboard", "wandb"], arg(aliases=("--log_with",))] = "none"
+    """Also log numbers and sample grids, to TensorBoard (pip install 'selfnpo[tensorboard]') or wandb ('selfnpo[wandb]')."""
     logging_dir: Path = Path("tensorboard")
     """TensorBoard's folder; a relative path lies in output_dir."""
     push_to_hub: bool = False
@@ -192,37 +197,33 @@ _FREE_ON_RESUME = _INVOCATION | {
 }  # fmt: skip
 
 
-def parse_config(args: Sequence[str] | None = None) -> TrainConfig:
-    """The settings of a command line: preset, then --config file, then flags. Opens the model's configuration, on which the
-    values of a preset depend."""
+def parse_config(
+    args: Sequence[str] | None = None, check_early: Callable[[TrainConfig], object] = lambda config: None
+) -> TrainConfig:
+    """The settings of a command line: preset, then --config file, then flags.
+
+    The values of a preset depend on the model, whose configuration is opened for that.
+
+    Args:
+        check_early: called with the user's own settings before that, for opening a model imports diffusers, which is slow.
+    """
     given = parse(TrainConfig, args)
     from_file = [] if given.config is None else as_flags(_read(given.config))  # so that both are checked alike
     try:
         in_file = parse(TrainConfig, from_file)
-    except SystemExit:
-        raise UserError(f"config {given.config} was not accepted; the message above names the setting") from None
+    except UserError as error:
+        raise UserError(f"in config {given.config}: {error}") from error
     named = parse(TrainConfig, args, default=in_file)
+    check_early(check(parse(TrainConfig, args, default=parse(TrainConfig, from_file, default=preset_config(named.preset)))))
     family = Source(named).family
     defaults = parse(TrainConfig, from_file, default=preset_config(named.preset, family.presets, named.rank > 0))
-    config = check(parse(TrainConfig, args, default=replace(defaults, preset=named.preset)))
-    return replace(config, mixed_precision=resolve(config.mixed_precision))
+    return check(parse(TrainConfig, args, default=replace(defaults, preset=named.preset)))
 
 
 def preset_config(name: str, of_family: dict[str, dict[str, Any]] | None = None, lora: bool = False) -> TrainConfig:
     """A preset for a family of models; LoRA trains at the learning rate that is usual for it."""
     values = PRESETS[name] | (of_family or {}).get(name, {}) | ({"learning_rate": 1e-4} if lora else {})
     return TrainConfig(preset=name, **values)
-
-
-def resolve(precision: Precision) -> Precision:
-    """What `auto` means here."""
-    if precision != "auto":
-        return precision
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-
-
-def dtype_of(precision: Precision) -> torch.dtype:
-    return {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[resolve(precision)]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -278,11 +279,19 @@ def check(config: TrainConfig) -> TrainConfig:
         )
     if config.max_relative_delta is not None and not config.max_relative_delta > 0:
         raise UserError(f"max_relative_delta is {config.max_relative_delta}; expected a positive number, such as 0.05")
-    if config.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("report_to is tensorboard, which is not installed; run pip install 'selfnpo[tensorboard]'")
-    if config.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+    if config.report_to != "none" and not _is_installed(config.report_to):
+        raise UserError(
+            f"report_to is {config.report_to}, which is not installed; run pip install 'selfnpo[{config.report_to}]'"
+        )
+    if config.use_8bit_adam and not _is_installed("bitsandbytes"):
         raise UserError("use_8bit_adam needs the package bitsandbytes; run pip install 'selfnpo[bitsandbytes]'")
     return config
+
+
+def _is_installed(package: str) -> bool:
+    """A folder of that name, such as one of logs, is no package."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def to_yaml(config: TrainConfig) -> str:

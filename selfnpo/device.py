@@ -14,6 +14,17 @@ import torch
 _REPEATS = 10
 
 
+def resolve(precision: str) -> str:
+    """What `auto` means here."""
+    if precision != "auto":
+        return precision
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[resolve(precision)]
+
+
 def seconds_of(function: Callable[[], object], device: torch.device) -> float:
     """Of one call, to its end on the device."""
     started = time.perf_counter()

@@ -2,12 +2,10 @@
 
 import importlib.metadata
 import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
-
-from selfnpo.cli import run
-from selfnpo.device import cpu_name
-from selfnpo_kernels import dispatch, extension
+from selfnpo.cli import parse, run
 
 PACKAGES = (
     "selfnpo",
@@ -23,6 +21,11 @@ PACKAGES = (
 )
 
 
+@dataclass(frozen=True)
+class EnvConfig:
+    """Print versions, the machine, and which kernels run here. It takes no flags. Paste the output into a bug report."""
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -31,6 +34,8 @@ def _version(package: str) -> str:
 
 
 def _gpus() -> str:
+    import torch
+
     if not torch.cuda.is_available():
         return "none"
     return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
@@ -38,6 +43,11 @@ def _gpus() -> str:
 
 def installation() -> dict[str, str]:
     """What a bug report needs, by name."""
+    import torch  # here, so that --help needs no PyTorch
+
+    from selfnpo.device import cpu_name
+    from selfnpo_kernels import dispatch, extension
+
     return {
         "python": f"{platform.python_version()} on {platform.platform()}",
         "cpu": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
@@ -48,10 +58,11 @@ def installation() -> dict[str, str]:
     } | {package: _version(package) for package in PACKAGES}
 
 
-def main() -> None:
+def command(args: Sequence[str] | None = None) -> None:
+    parse(EnvConfig, args)
     for name, value in installation().items():
         print(f"{name:20} {value}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(command)

@@ -1,7 +1,5 @@
 """What goes wrong through no fault of the program: one sentence for the user and exit code 2, never a traceback."""
 
-import torch
-
 
 class UserError(Exception):
     """Says what was got, what was expected and how to fix it, in one sentence."""
@@ -14,6 +12,8 @@ def first_line(error: Exception) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether PyTorch, on a GPU or on the CPU, or Python found no more memory."""
+    import torch  # here, so that messages need no PyTorch
+
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     texts = (

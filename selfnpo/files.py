@@ -1,4 +1,7 @@
-"""Files and folders that are either whole or absent, and the header of tensors that are written one by one."""
+"""Files and folders that are either whole or absent, and the header of tensors that are written one by one.
+
+Their permissions follow the umask, also where a library (safetensors' `save_file`) lets nobody but the owner read a file.
+"""
 
 import contextlib
 import json
@@ -38,7 +41,11 @@ def committed_file(path: Path) -> Iterator[Path]:
     """A name of the same suffix to write to; it takes the place of `path` when the block ends well, and vanishes if not."""
     partial = path.with_name(f"{PARTIAL}-{path.name}")
     try:
+        partial.unlink(missing_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)
         _flush(partial)
         partial.replace(path)
     finally:
@@ -54,6 +61,8 @@ def committed_folder(folder: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for path in (*partial.rglob("*"), partial):
+            if path.is_file():
+                path.chmod(partial.stat().st_mode & 0o666)
             _flush(path)
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)

@@ -1,18 +1,20 @@
 """python -m selfnpo.merge: theta + alpha eta + beta delta, or theta - k delta, written as one model."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from selfnpo.cli import parse, run
 from selfnpo.errors import UserError
-from selfnpo.export.merged import CONFIG_FILES, dtype_name, formula, merge, weights_file
-from selfnpo.mixing import MixOptions
-from selfnpo.models import ModelOptions, Source, check_negative
+from selfnpo.models import Source
+from selfnpo.models.origin import check_exists
+from selfnpo.options import MixOptions, ModelOptions
 from selfnpo.output import check_output
+
+# As diffusers names the parts of a model.
+RESULTS = ("config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,21 @@ def check(config: MergeConfig) -> None:
     config.check_shares([config.beta])
     folder = config.output_dir
     check_output(folder, config.overwrite)
-    others = sorted(
-        path.name for path in folder.glob("*") if not path.match(weights_file("*")) and path.name not in CONFIG_FILES
-    )
+    others = sorted(path.name for path in folder.glob("*") if not any(map(path.match, RESULTS)))
     if others:
         raise UserError(f"output_dir {folder} holds {others[0]}, which is of something else; choose another folder")
 
 
 def main(config: MergeConfig) -> None:
     check(config)
+    for name in filter(None, (config.negative, config.positive)):
+        check_exists(str(name), config)
+    print("loading PyTorch and diffusers")
+    import torch  # here, so that mistakes are answered before PyTorch is loaded
+
+    from selfnpo.export.merged import dtype_name, formula, merge
+    from selfnpo.models import check_negative
+
     source, folder, k = Source(config), config.output_dir, config.extrapolate
     for name in filter(None, (config.negative, config.positive)):
         check_negative(name, source)  # before the base is read
@@ -63,5 +71,9 @@ def main(config: MergeConfig) -> None:
     print(f"written to {folder}: {what} in {dtype_name(dtype)}; use it with {use} {folder} or {opens}")
 
 
+def command(args: Sequence[str] | None = None) -> None:
+    main(parse(MergeConfig, args))
+
+
 if __name__ == "__main__":
-    run(lambda: main(parse(MergeConfig)))
+    run(command)

@@ -1,40 +1,8 @@
 """Arithmetic on weights: theta_neg = theta + alpha eta + beta delta."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
-
-from selfnpo.errors import UserError
-
-
-@dataclass(frozen=True)
-class MixOptions:
-    """Which models are mixed."""
-
-    negative: Path = Path("runs/demo/negative")
-    """Folder, Hugging Face id or file of a trained negative model, full weights or LoRA: theta + delta."""
-    positive: Path | None = None
-    """Folder, id or file of a fine-tuned positive model, full weights or LoRA: theta + eta. By default the base itself."""
-    alpha: float = 1.0
-    """Share of eta in the negative: theta + alpha eta + beta delta."""
-    force: bool = False
-    """Allow alpha and beta outside [0, 1]."""
-
-    def check_shares(self, betas: Sequence[float]) -> None:
-        """Raise a UserError for an alpha or betas that cannot be meant."""
-        for name, value in (("alpha", self.alpha), *(("beta", beta) for beta in betas)):
-            if not (math.isfinite(value) if self.force else 0 <= value <= 1):
-                hint = "a finite number" if self.force else "a value from 0 to 1, or any with --force"
-                raise UserError(f"{name} is {value}; expected {hint}")
-        if self.alpha != 1 and self.positive is None:
-            raise UserError(
-                f"alpha is {self.alpha}, a share of eta, but no positive is given; pass --positive or leave it out"
-            )
 
 
 def mixed(theta: Tensor, negative: Tensor, positive: Tensor | None, alpha: float, beta: float) -> Tensor:
@@ -51,13 +19,13 @@ def mixed(theta: Tensor, negative: Tensor, positive: Tensor | None, alpha: float
 def mix_(
     negative: ModelMixin, base: ModelMixin, positive: ModelMixin | None = None, alpha: float = 1.0, beta: float = 1.0
 ) -> None:
-    """Give a negative model the strength that is wanted, in place, as Diffusion-NPO combines them.
+    """Set the strength of a negative model in place, combining weights as Diffusion-NPO does.
 
     Args:
-        negative: theta + delta, the result of the training; afterwards theta + alpha eta + beta delta.
+        negative: theta + delta, the result of training; becomes theta + alpha eta + beta delta.
         base: theta.
-        positive: theta + eta, a preference-optimised or otherwise fine-tuned model that shall be the positive one.
-        alpha: share of eta in [0, 1]; 1 keeps what positive and negative have in common, so that it cancels.
+        positive: theta + eta, a preference-optimised or otherwise fine-tuned model, used as the positive.
+        alpha: share of eta in [0, 1]; 1 keeps all that positive and negative have in common, so that it cancels.
         beta: share of delta in [0, 1].
     """
     theta = [*base.parameters()]

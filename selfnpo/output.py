@@ -1,48 +1,112 @@
-"""The folder of a run: what is in it, and when it may be written."""
+"""What a command writes: the folder of a run, when it may be written, and progress."""
 
 import re
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
 
 from selfnpo.errors import UserError
 
+LINE_SECONDS = 5.0  # between lines of progress where there is no terminal
+
 # What a training run writes beside its checkpoints.
-RESULTS = ("negative", "config.yaml", "metrics.json", "log.jsonl", "comparison.png", "report.md", "samples", "tensorboard")
+RESULTS = (
+    "negative",
+    "config.yaml",
+    "metrics.json",
+    "log.jsonl",
+    "comparison.png",
+    "report.md",
+    "samples",
+    "tensorboard",
+    "wandb",
+)
 
 
-def check_output(folder: Path, overwrite: bool, resume: bool = False) -> None:
-    """Raise a UserError if the folder holds something and neither overwrite nor resume was asked for."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir {folder} is a file; expected a folder")
+def check_output(folder: Path, overwrite: bool, resume: str | None = None) -> None:
+    """Look, without a trace, whether a run may write to `folder`.
+
+    Args:
+        resume: latest, or a checkpoint, if the run goes on with an earlier one.
+
+    Raises:
+        UserError: the folder holds something and neither overwrite nor resume was asked for, it has nothing to resume, or
+            it cannot be written.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"output_dir is {folder}, but {existing} is a file; expected a folder")
+    if resume == "latest" and not list_checkpoints(folder):
+        raise UserError(
+            f"output_dir {folder} has no intact checkpoint to resume from; choose another, or leave --resume_from_checkpoint out"
+        )
     if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
         raise UserError(
             f"output_dir {folder} exists and is not empty; choose another, pass --overwrite to replace its results"
             + (", or --resume_from_checkpoint latest to continue" if list_checkpoints(folder) else "")
         )
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
-def prepare_output(folder: Path, results: tuple[str, ...], overwrite: bool, resume: bool = False) -> None:
+def prepare_output(folder: Path, results: tuple[str, ...], overwrite: bool, resume: str | None = None) -> None:
     """Make `folder` ready to be written.
 
     Args:
         results: names that the run will write; these alone, and checkpoints, are removed by `overwrite`.
 
     Raises:
-        UserError: the folder holds something and neither overwrite nor resume was asked for, or it cannot be written.
+        UserError: as `check_output`.
     """
+    check_output(folder, overwrite, resume)
     try:
-        check_output(folder, overwrite, resume)
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
         if overwrite and not resume:
             for path in [folder / name for name in results] + list_checkpoints(folder):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"output_dir {folder} cannot be written: {error.strerror or error}; choose another") from error
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"output_dir {folder} cannot be written: {error.strerror or error}; choose another")
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
     found = {int(match[1]): path for path in output_dir.glob("*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
     return [found[step] for step in sorted(found)]
+
+
+class _Lines:
+    """Where tqdm writes without a terminal: each state of a bar as a line of its own."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        text = text.replace("\x1b[A", "").strip()
+        if text:
+            self.stream.write(f"{text}\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def progress(iterable: Iterable[Any] | None = None, *, total: int | None = None, **options: Any) -> tqdm:
+    """A progress bar; a line every few seconds where stderr is no terminal. Takes what `tqdm` takes."""
+    if sys.stderr.isatty():
+        return tqdm(iterable, total=total, **options)
+    if total is None and not hasattr(iterable, "__len__"):
+        layout = "{desc}: {n_fmt}, {elapsed} passed, {rate_fmt}{postfix}"
+    else:
+        layout = "{desc}: {n_fmt} of {total_fmt}, {elapsed} passed, {remaining} left, {rate_fmt}{postfix}"
+    lines = {"file": _Lines(sys.stderr), "mininterval": LINE_SECONDS, "bar_format": layout, "leave": True}
+    return tqdm(iterable, total=total, **(options | lines))

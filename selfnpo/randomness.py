@@ -1,7 +1,7 @@
 """Every random number of the project, as a pure function of (seed, step, site, sample id).
 
-No generator state exists: a run that resumes, a rollout on another device or a batch split differently draws the same
-numbers. A site names the purpose, so that two purposes never share a number.
+There is no generator state: a resumed run, a rollout on another device or a batch split differently draws the same numbers.
+A site stands for a purpose, so two purposes never share a number.
 """
 
 from enum import IntEnum
@@ -16,18 +16,18 @@ class Site(IntEnum):
     CONDITION = 2  # which prompt or label a trajectory follows
     START = 3  # where a rollout from data starts
     STOP = 4  # where a fresh rollout stops
-    IMAGE = 5  # which image a rollout from data starts at
+    IMAGE = 5  # which image a rollout from data starts from
     JUMP_TIME = 6  # s
     JUMP_NOISE = 7  # from x_t to x_s
     DROPOUT = 8  # student's condition replaced by the null condition
-    SAMPLE_NOISE = 9  # x_T of a sample, apart from every training trajectory
+    SAMPLE_NOISE = 9  # x_T of a sample, independent of all training trajectories
     PERTURBATION = 10  # the random baseline of the evaluation
 
 
 def draw_index(
     low: Tensor | int, high: Tensor | int, seed: int | Tensor, step: int | Tensor, site: Site, sample_ids: Tensor
 ) -> Tensor:
-    """Uniform integers in [low, high), one per sample id: int64 `[B]`; low where the interval is empty."""
+    """Uniform integers in [low, high), one per sample id: int64 `[B]`; `low` if the interval is empty."""
     width = high - low
     width = width.clamp(min=1) if isinstance(width, Tensor) else max(width, 1)
     return low + (philox_uniform(seed, step, site, sample_ids) * width).floor().long()

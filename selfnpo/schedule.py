@@ -16,7 +16,7 @@ from selfnpo.errors import UserError
 
 @dataclass(frozen=True)
 class Schedule:
-    """The times a model can be asked about, in order of rising noise; all float64, `[T]`."""
+    """All training times of a model, in order of increasing noise; all float64, `[T]`."""
 
     timesteps: Tensor  # what the model is called with
     alpha: Tensor
@@ -26,7 +26,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Grid:
-    """The N points of a sampling trajectory in order of falling noise, and the point after the last; float64."""
+    """The N points of a sampling trajectory in order of decreasing noise, and the point after the last; float64."""
 
     timesteps: Tensor  # [N]
     alpha: Tensor  # [N + 1]
@@ -35,13 +35,13 @@ class Grid:
 
 
 def _sampler(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """The deterministic sampler that belongs to a scheduler; it owns the definition of the noise levels."""
+    """The deterministic sampler that belongs to a scheduler. It defines the noise levels."""
     name = type(scheduler).__name__
     if name.startswith("FlowMatch"):
         if scheduler.config.use_dynamic_shifting:
             raise UserError(f"{name} with use_dynamic_shifting has no fixed noise levels; set use_dynamic_shifting to false")
         return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-    if not hasattr(scheduler, "alphas_cumprod"):  # EDM's and those of exploding variance
+    if not hasattr(scheduler, "alphas_cumprod"):  # EDM and variance-exploding schedulers
         raise UserError(
             f"{name} has no alphas_cumprod to derive noise levels from; expected a model with a DDPM-like scheduler"
         )
@@ -56,7 +56,7 @@ def _prediction_type(sampler: SchedulerMixin) -> str:
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise UserError(f"prediction_type is {prediction_type!r}; expected epsilon, v_prediction or sample")
     if prediction_type == "epsilon" and sampler.alphas_cumprod[-1] <= 0:
-        raise UserError("prediction_type epsilon says nothing at zero terminal SNR; use v_prediction or sample")
+        raise UserError("prediction_type epsilon cannot recover x_0 at zero terminal SNR; use v_prediction or sample")
     return prediction_type
 
 
@@ -64,7 +64,7 @@ def make_schedule(scheduler: SchedulerMixin) -> Schedule:
     """All times of a diffusers scheduler, such as `pipe.scheduler`.
 
     The noise levels are the scheduler's own (any beta schedule, zero terminal SNR, CogVideoX's SNR shift,
-    flow-matching shift). Clipping and thresholding of x_0 are not affine and are left out.
+    flow-matching shift). Clipping and thresholding of x_0 are left out because they are not affine.
     """
     sampler = _sampler(scheduler)
     if isinstance(sampler, FlowMatchEulerDiscreteScheduler):
@@ -76,7 +76,7 @@ def make_schedule(scheduler: SchedulerMixin) -> Schedule:
 
 
 def make_grid(scheduler: SchedulerMixin, num_inference_steps: int) -> Grid:
-    """The sampling trajectory of `num_inference_steps` points that the scheduler's configuration lays out.
+    """The sampling trajectory of `num_inference_steps` points that the scheduler's configuration defines.
 
     Raises:
         UserError: the steps do not divide the training timesteps evenly.
@@ -136,7 +136,7 @@ def jump_rows(schedule: Schedule, alpha_t: Tensor, sigma_t: Tensor) -> tuple[Ten
         alpha_t, sigma_t: float64 `[K]`.
 
     Returns:
-        rows, float32 `[K, T, 2]`, meaningful for s >= first; first, int64 `[K]`, equal to T where no s is noisier.
+        rows, float32 `[K, T, 2]`, meaningful for s >= first; first, int64 `[K]`, equal to T if no s is noisier.
     """
     first = torch.searchsorted(schedule.sigma, sigma_t, right=True)
     ratio = schedule.alpha / alpha_t[:, None]

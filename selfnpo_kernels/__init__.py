@@ -14,6 +14,8 @@ from selfnpo_kernels.reference import join_weights, split_weights
 from selfnpo_kernels.tweedie import tweedie
 from selfnpo_kernels.x0_loss import x0_loss
 
+__version__ = "0.2.0"  # of selfnpo, too: pyproject.toml and selfnpo/__init__.py read it here
+
 __all__ = [
     "backend",
     "cfg_combine",

@@ -1,7 +1,5 @@
 """Classifier-free guidance on one batched model output."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -29,16 +27,15 @@ def cfg_combine(model_output: Tensor, guidance_scale: float | Tensor, guidance_r
     Raises:
         ValueError: an odd batch, a guidance scale or rescale that is not finite.
     """
+    operands.check_kind("cfg_combine", "model_output", model_output)
     if model_output.ndim == 0 or model_output.shape[0] % 2:
         raise ValueError(
             f"cfg_combine got a model output of shape {tuple(model_output.shape)}; "
             "expected [negative; positive], an even batch"
         )
-    operands.check_kind("cfg_combine", "model_output", model_output)
     scale, scale_tensor = operands.scalar("cfg_combine", "guidance_scale", guidance_scale, model_output)
-    if not math.isfinite(guidance_rescale):
-        raise ValueError(f"cfg_combine got guidance_rescale = {guidance_rescale}; expected a finite number, 0 for none")
-    return _op(model_output, scale, scale_tensor, guidance_rescale)
+    rescale = operands.number("cfg_combine", "guidance_rescale", guidance_rescale, "a finite number, 0 for none")
+    return _op(model_output, scale, scale_tensor, rescale)
 
 
 def _run(model_output, scale, scale_tensor, guidance_rescale):

@@ -1,5 +1,6 @@
 """Loads the compiled module `_C`, and says tensors in its terms. Without it everything still works, only slower."""
 
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 _C: ModuleType | None
 failure = ""
 try:
-    from selfnpo_kernels import _C
+    import selfnpo_kernels._C as _C
 except ImportError as error:
     _C, failure = None, str(error)
 
@@ -21,9 +22,19 @@ def typed(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.data_ptr(), DTYPES.index(tensor.dtype))
 
 
+def _remedy() -> str:
+    folder = Path(__file__).parents[1]
+    if (folder / "CMakeLists.txt").is_file() and (folder / "setup.py").is_file():
+        return (
+            f"Python runs the source code in {folder}, where nothing is built: run pip install -e . there, or start Python "
+            "in another folder to use what pip install . installed"
+        )
+    return "to get it, run pip install --no-deps . in the source code, with a C++ compiler"
+
+
 def state() -> str:
     """One line: whether the extension is there, and what it was built by."""
     if _C is None:
-        return f"not available ({failure}); rebuild it with pip install --no-deps ."
+        return f"not available ({failure}); {_remedy()}"
     cuda = f"CUDA by {_C.cuda_architectures}" if _C.cuda_architectures else "no CUDA: built without nvcc"
     return f"built by {_C.compiler}, {cuda}"

@@ -43,6 +43,7 @@ def forward_jump(
 
 def check_noise(op: str, shape: tuple[int, ...], sample_ids: Tensor, device: torch.device, site: int) -> None:
     """Raises: ValueError where the addresses of the noise do not fit the samples."""
+    operands.check_tensor(op, "sample_ids", sample_ids)
     if sample_ids.shape != shape[:1] or sample_ids.dtype != torch.int64:
         raise ValueError(
             f"{op} got sample_ids {tuple(sample_ids.shape)} of {sample_ids.dtype} for samples {shape}; "
@@ -50,8 +51,7 @@ def check_noise(op: str, shape: tuple[int, ...], sample_ids: Tensor, device: tor
         )
     if sample_ids.device != device:
         raise ValueError(f"{op} got sample_ids on {sample_ids.device} and sample on {device}; move them to one device")
-    if not 0 <= site < 2**32:
-        raise ValueError(f"{op} got site = {site}; expected 0 <= site < 2^32")
+    operands.integer(op, "site", site, 32)
     elements = 1
     for size in shape[1:]:
         elements *= size

@@ -16,12 +16,14 @@ The split layout loses nothing: the two halves add up to the float32 bits. It wi
 memory, so it is the one that is built; parameters that the model uses in float32 need no copy and stay plain.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from selfnpo_kernels import extension, reference
 from selfnpo_kernels.dispatch import backend_for
-from selfnpo_kernels.operands import memory_format, same_order
+from selfnpo_kernels.operands import check_scalar_tensor, check_tensor, integer, memory_format, number, same_order
 from selfnpo_kernels.registration import register
 
 
@@ -31,9 +33,9 @@ def fused_adamw_(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     *,
-    step: Tensor,
-    lr: Tensor,
-    grad_scale: Tensor | None = None,
+    step: int | Tensor,
+    lr: float | Tensor,
+    grad_scale: float | Tensor | None = None,
     lows: list[Tensor] | None = None,
     emas: list[Tensor] | None = None,
     ema_lows: list[Tensor] | None = None,
@@ -44,8 +46,10 @@ def fused_adamw_(
 ) -> None:
     """Step every parameter in place. See `reference.fused_adamw_` for the formulas; they are those of `torch.optim.AdamW`.
 
-    Everything that changes from step to step lies in device memory, so that a captured graph follows it, and nothing
-    synchronises. Clip by norm without a synchronisation through `grad_scale`:
+    What changes from step to step may lie in device memory: a captured graph follows it there, and nothing synchronises. A
+    plain number is copied to the device by every call; a captured graph repeats the number that it was captured with.
+
+    Clip by norm without a synchronisation through `grad_scale`:
 
         norm = torch.nn.utils.get_total_norm(grads)
         fused_adamw_(..., grad_scale=(max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -54,9 +58,9 @@ def fused_adamw_(
         params: float32, or bfloat16 where `lows` holds the int16 low halves (`reference.split_weights` makes the pair).
         grads: like `params` in shape; float32, bfloat16 or float16, all of one dtype.
         exp_avgs, exp_avg_sqs: float32 like `params`; zeros before the first step.
-        step: how many steps there are with this one, from 1 on; one int64 element on the parameters' device.
-        lr: one float32 element there.
-        grad_scale: one float32 element there, which multiplies the gradients.
+        step: how many steps there are with this one, from 1 on; an integer, or one int64 element on the parameters' device.
+        lr: a number, or one float32 element there.
+        grad_scale: multiplies the gradients; a number, or one float32 element there.
         emas, ema_lows: moving averages of the parameters, in the parameters' layout, updated after them.
 
     Raises:
@@ -64,19 +68,60 @@ def fused_adamw_(
     """
     lists = {
         "params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs,
-        "lows": lows or [], "emas": emas or [], "ema_lows": ema_lows or [],
+        "lows": [] if lows is None else lows, "emas": [] if emas is None else emas,
+        "ema_lows": [] if ema_lows is None else ema_lows,
     }  # fmt: skip
-    _check(lists, {"step": step, "lr": lr, "grad_scale": grad_scale})
+    for name, tensors in lists.items():
+        _check_list(name, tensors)
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"fused_adamw_ got betas = {betas!r}; expected two numbers, for example (0.9, 0.999)")
+    settings = [number("fused_adamw_", "betas", beta) for beta in betas]
+    for name, value in (("eps", eps), ("weight_decay", weight_decay), ("ema_decay", ema_decay)):
+        settings.append(number("fused_adamw_", name, value))
     if not params:
         return
+    _check(lists)
+    device = params[0].device
+    step, lr = _step(step, device), _scalar("lr", lr, device)
+    if grad_scale is not None:
+        grad_scale = _scalar("grad_scale", grad_scale, device)
     with torch.no_grad():
-        _op(*lists.values(), step, lr, grad_scale, *betas, eps, weight_decay, ema_decay)
+        _op(*lists.values(), step, lr, grad_scale, *settings)
 
 
-def _check(lists: dict[str, list[Tensor]], scalars: dict[str, Tensor | None]) -> None:
+def _check_list(name: str, tensors: list[Tensor]) -> None:
+    """Looks only at the first tensor: a model has hundreds, and `_check` finds the others where it compares them."""
+    if not isinstance(tensors, list | tuple):
+        remedy = f"list({name})" if isinstance(tensors, Iterator) else f"[{name}]"
+        raise ValueError(
+            f"fused_adamw_ got {name} of type {type(tensors).__name__}; expected a list of tensors, for example {remedy}"
+        )
+    if tensors:
+        check_tensor("fused_adamw_", f"{name}[0]", tensors[0])
+
+
+def _step(step: int | Tensor, device: torch.device) -> Tensor:
+    if not isinstance(step, Tensor):
+        return torch.full((), _counted(integer("fused_adamw_", "step", step, 63)), dtype=torch.int64, device=device)
+    check_scalar_tensor("fused_adamw_", "step", step, torch.int64, device)
+    return step
+
+
+def _counted(step: int) -> int:
+    if step < 1:
+        raise ValueError(f"fused_adamw_ got step = {step}; expected 1 or more: count the step before taking it")
+    return step
+
+
+def _scalar(name: str, value: float | Tensor, device: torch.device) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.full((), number("fused_adamw_", name, value), dtype=torch.float32, device=device)
+    check_scalar_tensor("fused_adamw_", name, value, torch.float32, device)
+    return value
+
+
+def _check(lists: dict[str, list[Tensor]]) -> None:
     params, split = lists["params"], bool(lists["lows"])
-    if not params:
-        return
     device, weight = params[0].device, torch.bfloat16 if split else torch.float32
     grad = lists["grads"][0].dtype if lists["grads"] else torch.float32
     dtypes = {
@@ -87,7 +132,7 @@ def _check(lists: dict[str, list[Tensor]], scalars: dict[str, Tensor | None]) ->
         raise ValueError(f"fused_adamw_ got grads of {grad}; expected float32, bfloat16 or float16")
     if bool(lists["ema_lows"]) != (split and bool(lists["emas"])):
         raise ValueError("fused_adamw_ got averages in another layout than params; expected ema_lows exactly where lows is")
-    shapes = [param.shape for param in params]
+    shapes = [getattr(param, "shape", None) for param in params]
     for name, tensors in lists.items():
         if name in ("lows", "emas", "ema_lows") and not tensors:
             continue
@@ -95,8 +140,13 @@ def _check(lists: dict[str, list[Tensor]], scalars: dict[str, Tensor | None]) ->
             raise ValueError(f"fused_adamw_ got {len(tensors)} {name} for {len(params)} params; expected as many")
         # Whole columns are compared: a model has hundreds of parameters, and every step comes here.
         expected = [(shape, dtypes[name], device) for shape in shapes]
-        found = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        try:
+            found = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        except AttributeError:
+            found = []
         if found != expected:
+            for index, tensor in enumerate(tensors):
+                check_tensor("fused_adamw_", f"{name}[{index}]", tensor)
             pairs = zip(found, expected, strict=True)
             got, wanted = next((_kind(*got), _kind(*wanted)) for got, wanted in pairs if got != wanted)
             raise ValueError(f"fused_adamw_ got one of {name} as {got}; expected {wanted}")
@@ -112,13 +162,6 @@ def _check(lists: dict[str, list[Tensor]], scalars: dict[str, Tensor | None]) ->
                 f"fused_adamw_ got a parameter {tuple(param.shape)} with strides {param.stride()}; "
                 "expected it row-major or channels last, as contiguous() makes it"
             )
-    for name, value in scalars.items():
-        dtype = torch.int64 if name == "step" else torch.float32
-        if value is not None and (value.numel() != 1 or value.dtype != dtype or value.device != device):
-            raise ValueError(
-                f"fused_adamw_ got {name} as {value.dtype} {tuple(value.shape)} on {value.device}; "
-                f"expected one {dtype} element on {device}"
-            )
 
 
 def _kind(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
@@ -130,8 +173,8 @@ def _run(
     ema_decay,
 ):  # fmt: skip
     device = params[0].device
-    if device.type == "cpu" and step.item() < 1:
-        raise ValueError(f"fused_adamw_ got step = {step.item()}; expected 1 or more: count the step before taking it")
+    if device.type == "cpu":
+        _counted(step.item())
     # The moments are float32 in every layout: they say whether the kernels' dtypes are at hand.
     if backend_for("fused_adamw_", exp_avgs[0], cuda="cpp") == "reference":
         reference.fused_adamw_(

@@ -30,7 +30,10 @@ def guided_step(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a guidance scale that is not finite.
     """
-    operands.check("guided_step", sample, 4, rows, cond=cond, uncond=uncond)
+    if uncond is None:
+        operands.check("guided_step", sample, 4, rows, cond=cond)
+    else:
+        operands.check("guided_step", sample, 4, rows, cond=cond, uncond=uncond)
     scale, scale_tensor = operands.scalar("guided_step", "guidance_scale", guidance_scale, sample)
     return _op(sample, cond, uncond, rows, scale, scale_tensor)
 

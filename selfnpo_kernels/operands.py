@@ -1,21 +1,28 @@
 """What every op asks of its arguments, and the memory order in which its kernels see them."""
 
 import math
+import operator
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from selfnpo_kernels.extension import DTYPES
 
+_INTEGERS = (int, torch.SymInt)
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def check(op: str, sample: Tensor, columns: int, rows: Tensor, **others: Tensor | None) -> None:
+def check(op: str, sample: Tensor, columns: int, rows: Tensor, **others: Tensor) -> None:
     """`others` must look like `sample`, `rows` must be `[B, columns]`.
 
     Raises:
         ValueError: in one sentence, what was got and what is expected.
     """
+    for name, tensor in {"sample": sample, "rows": rows, **others}.items():
+        check_kind(op, name, tensor)
+        if tensor.device != sample.device:
+            raise ValueError(f"{op} got {name} on {tensor.device} and sample on {sample.device}; move them to one device")
     if sample.ndim == 0:
         raise ValueError(f"{op} got a sample without dimensions; expected [B, ...]")
     expected_rows = (sample.shape[0], columns)
@@ -26,20 +33,21 @@ def check(op: str, sample: Tensor, columns: int, rows: Tensor, **others: Tensor 
         )
     if rows.requires_grad:
         raise ValueError(f"{op} has no gradient for rows; pass rows.detach()")
-    for name, tensor in {"sample": sample, **others}.items():
-        if tensor is None:
-            continue
+    for name, tensor in others.items():
         if tensor.shape != sample.shape:
             raise ValueError(f"{op} got {name} of shape {tuple(tensor.shape)}; expected {tuple(sample.shape)}, as sample")
-        check_kind(op, name, tensor)
-    check_kind(op, "rows", rows)
-    for name, tensor in {"rows": rows, **others}.items():
-        if tensor is not None and tensor.device != sample.device:
-            raise ValueError(f"{op} got {name} on {tensor.device} and sample on {sample.device}; move them to one device")
+
+
+def check_tensor(op: str, name: str, value: Any) -> None:
+    """Raises: ValueError for a list, a NumPy array or anything else that is no tensor."""
+    if not isinstance(value, Tensor):
+        remedy = "" if value is None else f", for example torch.as_tensor({name})"
+        raise ValueError(f"{op} got {name} of type {type(value).__name__}; expected a tensor{remedy}")
 
 
 def check_kind(op: str, name: str, tensor: Tensor) -> None:
-    """Raises: ValueError where the tensor is not a dense one of floating point."""
+    """Raises: ValueError where `tensor` is not a dense tensor of floating point."""
+    check_tensor(op, name, tensor)
     if not tensor.is_floating_point():
         raise ValueError(f"{op} got {name} of {tensor.dtype}; expected floating point, for example {name}.float()")
     if tensor.layout != torch.strided:
@@ -49,21 +57,54 @@ def check_kind(op: str, name: str, tensor: Tensor) -> None:
 def scalar(op: str, name: str, value: float | Tensor, sample: Tensor) -> tuple[float, Tensor | None]:
     """A finite number, or a tensor of one float32 element on the sample's device, which a captured graph may change."""
     if not isinstance(value, Tensor):
-        if not math.isfinite(value):
-            raise ValueError(f"{op} got {name} = {value}; expected a finite number")
-        return float(value), None
-    _check_scalar_tensor(op, name, value, torch.float32, sample.device)
+        return number(op, name, value), None
+    check_scalar_tensor(op, name, value, torch.float32, sample.device)
     return 0.0, value
+
+
+def number(op: str, name: str, value: float, expected: str = "a finite number") -> float:
+    """A plain number as a float.
+
+    Raises:
+        ValueError: it is no number, or not a finite one.
+    """
+    try:
+        if not isinstance(value, Tensor) and math.isfinite(value):
+            return float(value)
+    except (TypeError, OverflowError):
+        pass
+    _refuse(op, name, value, expected)
+
+
+def _refuse(op: str, name: str, value: Any, expected: str) -> NoReturn:
+    got = f"= {value}" if isinstance(value, int | float) else f"of type {type(value).__name__}"
+    raise ValueError(f"{op} got {name} {got}; expected {expected}")
 
 
 def counter(op: str, name: str, value: int | Tensor, bits: int, device: torch.device) -> tuple[int, Tensor | None]:
     """An unsigned integer, as the signed one of the same 64 bits, or a tensor of one int64 element on `device`."""
     if not isinstance(value, Tensor):
-        if not 0 <= value < 2**bits:
-            raise ValueError(f"{op} got {name} = {value}; expected 0 <= {name} < 2^{bits}")
+        if type(value) is not int or value >> bits:  # the common case takes no further call
+            value = integer(op, name, value, bits)
         return (value if value < 2**63 else value - 2**64), None
-    _check_scalar_tensor(op, name, value, torch.int64, device)
+    check_scalar_tensor(op, name, value, torch.int64, device)
     return 0, value
+
+
+def integer(op: str, name: str, value: int, bits: int) -> int:
+    """A plain unsigned integer.
+
+    Raises:
+        ValueError: it is no integer, or needs more bits.
+    """
+    if not isinstance(value, _INTEGERS):
+        try:
+            value = operator.index(value)  # NumPy's integers
+        except TypeError:
+            _refuse(op, name, value, f"an integer, 0 <= {name} < 2^{bits}")
+    if not 0 <= value < 2**bits:
+        raise ValueError(f"{op} got {name} = {value}; expected 0 <= {name} < 2^{bits}")
+    return value
 
 
 def unsigned(value: int, tensor: Tensor | None) -> int | Tensor:
@@ -71,7 +112,8 @@ def unsigned(value: int, tensor: Tensor | None) -> int | Tensor:
     return value % 2**64 if tensor is None else tensor
 
 
-def _check_scalar_tensor(op: str, name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+def check_scalar_tensor(op: str, name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises: ValueError where `value` is not one element of this dtype on this device, without gradient."""
     if value.numel() != 1 or value.dtype != dtype or value.device != device:
         raise ValueError(
             f"{op} got {name} as a {value.dtype} tensor of {value.numel()} elements on {value.device}; "

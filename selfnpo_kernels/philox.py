@@ -12,6 +12,8 @@ four elements 4q .. 4q + 3. This file is the specification; csrc/philox.h and Tr
 import torch
 from torch import Tensor
 
+from selfnpo_kernels import operands
+
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 MASK = 0xFFFFFFFF
@@ -53,5 +55,21 @@ def words(blocks: int, seed: int | Tensor, step: int | Tensor, site: int, sample
 
 
 def philox_uniform(seed: int | Tensor, step: int | Tensor, site: int, sample_ids: Tensor) -> Tensor:
-    """One uniform number in [0, 1) per sample id, exact in float64: `[B]`."""
+    """One uniform number in [0, 1) per sample id, exact in float64: `[B]`.
+
+    Args:
+        seed, step, site: unsigned integers of 64, 32 and 32 bits. Seed and step may be one int64 element.
+        sample_ids: `[B]`, integers.
+
+    Raises:
+        ValueError: sample ids that are not such a tensor, numbers out of range.
+    """
+    operands.check_tensor("philox_uniform", "sample_ids", sample_ids)
+    if sample_ids.ndim != 1 or sample_ids.is_floating_point():
+        raise ValueError(
+            f"philox_uniform got sample_ids {tuple(sample_ids.shape)} of {sample_ids.dtype}; expected [B] of torch.int64"
+        )
+    for name, value, bits in (("seed", seed, 64), ("step", step, 32)):
+        operands.counter("philox_uniform", name, value, bits, getattr(value, "device", None))
+    operands.integer("philox_uniform", "site", site, 32)
     return words(1, seed, step, site, sample_ids)[:, 0, 0].double() * 2.0**-32

@@ -37,15 +37,18 @@ def philox_normal(
     Raises:
         ValueError: shapes or devices that do not fit, numbers out of range.
     """
-    shape = tuple(shape)
+    if not isinstance(shape, tuple | list):
+        raise ValueError(f"philox_normal got shape {shape!r}; expected a tuple of integers, [B, ...]")
     if not shape:
         raise ValueError("philox_normal got an empty shape; expected [B, ...]")
-    if not dtype.is_floating_point:
-        raise ValueError(f"philox_normal got dtype {dtype}; expected a floating point one")
+    shape = tuple([size if type(size) is int else operands.integer("philox_normal", "shape", size, 63) for size in shape])
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"philox_normal got dtype {dtype}; expected a floating point one of torch, such as torch.float32")
     if sample_ids is None:
         sample_ids = torch.arange(shape[0], device=device)
-    elif device is not None:
-        sample_ids = sample_ids.to(device)
+    else:
+        operands.check_tensor("philox_normal", "sample_ids", sample_ids)
+        sample_ids = sample_ids if device is None else sample_ids.to(device)
     check_noise("philox_normal", shape, sample_ids, sample_ids.device, site)
     seed, seed_tensor = operands.counter("philox_normal", "seed", seed, 64, sample_ids.device)
     step, step_tensor = operands.counter("philox_normal", "step", step, 32, sample_ids.device)

@@ -1,12 +1,12 @@
-"""The specification of every op in plain PyTorch: read this first.
+"""The specification of every op in plain PyTorch. Read this first.
 
-Everything between two network evaluations is affine in the sample and the model output, so each op takes per-sample
-coefficient rows and knows no schedule, sampler or prediction type (`selfnpo.schedule` makes the rows). The ops compute in
-float32, or in float64 when the sample is float64, and return the sample's dtype. Device tensors may stand for seed, step and
-guidance scale.
+Everything between two network evaluations is affine in the sample and the model output. So each op takes per-sample
+coefficient rows and needs no schedule, sampler or prediction type (`selfnpo.schedule` makes the rows). The ops compute in
+float32, or in float64 when the sample is float64, and return the sample's dtype. Seed, step and guidance scale may also be
+device tensors.
 
-Shapes: `B` samples of any trailing shape, rows `[B, columns]`. A coefficient of zero removes its operand even where that
-operand is inf or NaN, so a finished sample is the ordinary row (1, 0).
+Shapes: `B` samples of any trailing shape, rows `[B, columns]`. A coefficient of zero removes its operand even if that
+operand is inf or NaN, so a finished sample simply has the row (1, 0).
 """
 
 import math
@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from selfnpo_kernels.operands import check_tensor
 from selfnpo_kernels.philox import words
 
 
@@ -69,7 +70,7 @@ def philox_normal(
 ) -> Tensor:
     """Standard normal noise of `shape` = `[B, ...]` by Box-Muller, on the device of `sample_ids` (`[B]`, integer).
 
-    Radius and angle are rounded to float32 in every precision, so that a float64 result is the same noise, only with
+    Uniform numbers and angles are rounded to float32 in every precision. So a float64 result is the same noise, only with
     exact logarithms and cosines.
     """
     elements = math.prod(shape[1:])
@@ -121,11 +122,11 @@ def _deviation(value: Tensor) -> Tensor:
 def x0_loss(
     model_output: Tensor, sample: Tensor, target: Tensor, rows: Tensor, kind: str = "l2", huber_c: float = 1e-3
 ) -> Tensor:
-    """Distance between the x_0 that the model output stands for and `target`, weighted per sample; a scalar mean.
+    """Mean distance between the x_0 that the model output implies and `target`, weighted per sample: a scalar.
 
         d = p x_s + q m - k target;   l2: mean d^2;   huber: mean (sqrt(d^2 + c^2) - c)
 
-    rows (p, q, k) `[B, 3]` already hold the weight: k = 1 compares x_0, k = alpha_s / sigma_s compares epsilon.
+    rows (p, q, k) `[B, 3]` already include the weight: k = 1 compares x_0, k = alpha_s / sigma_s compares epsilon.
     """
     difference = _difference(model_output, sample, target, rows)
     if kind == "l2":
@@ -159,19 +160,28 @@ def _difference(model_output: Tensor, sample: Tensor, target: Tensor, rows: Tens
 
 
 def split_weights(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 weights as their nearest bfloat16 (halves round away from zero) and an int16 remainder; nothing is lost.
+    """Split float32 weights into their nearest bfloat16 (ties round away from zero) and an int16 remainder, losslessly.
 
     The bits of the two add up: bits(weights) = (bits(high) << 16) + low.
     """
+    _check_dtype("split_weights", "weights", weights, torch.float32)
     bits = weights.view(torch.int32)
-    bits = torch.where(weights.isnan(), 0x7FC00000, bits)  # a NaN of all ones, as GPUs make it, would round to -0
+    bits = torch.where(weights.isnan(), 0x7FC00000, bits)  # an all-ones NaN, as GPUs produce it, would round to -0
     high = ((bits.long() + 0x8000) >> 16 << 16).to(torch.int32)
     return high.view(torch.float32).to(torch.bfloat16), (bits - high).to(torch.int16)
 
 
 def join_weights(high: Tensor, low: Tensor) -> Tensor:
-    """The float32 weights that `split_weights` took apart."""
+    """The float32 weights from the two parts that `split_weights` returned."""
+    _check_dtype("join_weights", "high", high, torch.bfloat16)
+    _check_dtype("join_weights", "low", low, torch.int16)
     return (high.float().view(torch.int32) + low.int()).view(torch.float32)
+
+
+def _check_dtype(function: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    check_tensor(function, name, tensor)
+    if tensor.dtype != dtype:
+        raise ValueError(f"{function} got {name} of {tensor.dtype}; expected {dtype}, for example {name}.to({dtype})")
 
 
 def fused_adamw_(
@@ -191,7 +201,7 @@ def fused_adamw_(
     weight_decay: float,
     ema_decay: float,
 ) -> None:
-    """One step of AdamW (Loshchilov and Hutter, arXiv 1711.05101) on every parameter, and of the average that follows it.
+    """One step of AdamW (Loshchilov and Hutter, arXiv 1711.05101) on every parameter, and of its moving average.
 
     g = grad_scale grad;   m += (1 - beta1) (g - m);   v = beta2 v + (1 - beta2) g^2
     param = (1 - lr weight_decay) param - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)

@@ -35,7 +35,8 @@ def x0_loss(
     operands.check("x0_loss", sample, 3, rows, model_output=model_output, target=target)
     if kind not in ("l2", "huber"):
         raise ValueError(f"x0_loss got kind {kind!r}; expected 'l2' or 'huber'")
-    if kind == "huber" and not 0 < huber_c < float("inf"):
+    huber_c = operands.number("x0_loss", "huber_c", huber_c, "a positive number, for example 1e-3")
+    if kind == "huber" and huber_c <= 0:
         raise ValueError(f"x0_loss got huber_c = {huber_c}; expected a positive number, for example 1e-3")
     return _op(model_output, sample, target, rows, kind, huber_c)
 

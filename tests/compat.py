@@ -20,14 +20,15 @@ TESTS = [
     "tests/kernels", "tests/training/test_whole_step.py", "tests/training/test_capture.py", "tests/training/test_economy.py",
     "tests/training/test_families.py",
 ]  # fmt: skip
-OLDEST = "oldest"
-# What a row fixes; the rest comes from constraints.txt, and for the oldest row from the floors in pyproject.toml. The
-# interpreter of Triton 3.6, which only tests use, fails on numpy 2.4.
+OLDEST, NEWEST = "oldest", "newest"
+# What a row fixes. The rest comes from constraints.txt, for the oldest row from the floors in pyproject.toml, and for the
+# newest row from nothing: it gets what `pip install .` gets on that day. The interpreter of Triton 3.6, which only tests
+# use, fails on numpy 2.4.
 ROWS = {
     OLDEST: ["numpy<2.4"],
     "2.11": ["torch==2.11.0", "triton==3.6.0", "numpy<2.4"],
     "2.13": ["torch==2.13.0", "triton==3.7.1"],
-    "newest": ["torch==2.14.1"],
+    NEWEST: [],
 }
 SHOWN = ["torch", "triton", "diffusers", "transformers", "accelerate", "peft"]
 
@@ -54,7 +55,7 @@ def environment(row: str) -> Path:
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
-        if row != OLDEST:
+        if row not in (OLDEST, NEWEST):
             lines = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
             constraints.writelines(
                 line for line in lines if "==" in line and _name(line) not in {*map(_name, ROWS[row]), "triton"}
@@ -83,8 +84,8 @@ def tested(row: str) -> dict[str, str]:
 def known() -> dict[str, list[str]]:
     """Rows of the page as it is."""
     lines = PAGE.read_text().splitlines() if PAGE.exists() else []
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
-    return {cells[0]: cells for cells in rows}
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {cells[0]: cells for cells in rows if cells[0] in ROWS}
 
 
 def main(names: list[str]) -> int:
@@ -104,14 +105,37 @@ def main(names: list[str]) -> int:
 
 TEXT = """# Compatibility
 
+`pip install .` takes the newest release of every dependency, which may be newer than anything in the table below.
+`pip install -c constraints.txt .` takes the versions that all tests run with, on Python 3.11 and later. If a newer release
+fails, that is the first thing to try.
+
 `make compat` installs the oldest and the newest supported releases, each in an environment of its own, and runs the kernel
 and step tests there: every op against its reference, every Triton launch compiled as the JIT does it for sm_80, sm_90 and
 sm_100, and whole training steps in float32, bf16 and fp16, compiled or not, full weights and LoRA. `oldest` has the lowest
-versions that pyproject.toml allows. Last results, on a CPU with Python {python}:
+versions that pyproject.toml allows, `newest` what pip found on that day. Last results, on a CPU with Python {python}:
 
 {table}
 
 The tests: `pytest {tests}`.
+
+## Python and wheels
+
+`make wheel` builds for one Python, `make wheel PYTHON=python3.12` for another: pybind11 3.1 does not support Python's stable
+ABI, so every Python from 3.10 on needs a wheel of its own. The wheel asks for the glibc of the machine that builds it or a
+newer one, and for no compiler. It shares the libgomp that torch brings, so kernels and torch use one pool of threads.
+
+On 2026-11-28 such wheels were installed into empty environments, with no compiler and no cmake on the path, and with the
+dependencies that pip chose (on 3.11, those of constraints.txt). The kernels ran there, with the same bits on one and on two
+threads:
+
+| Python | torch | triton | diffusers | transformers | numpy |
+| --- | --- | --- | --- | --- | --- |
+| 3.10.13 | 2.14.1 | 3.8.0 | 0.41.0 | 5.20.2 | 2.2.6 |
+| 3.11.7 | 2.13.0+cpu | 3.7.1 | 0.42.1 | 5.23.0 | 2.4.6 |
+| 3.12.1 | 2.14.1 | 3.8.0 | 0.42.1 | 5.24.0 | 2.5.5 |
+| 3.13.0 | 2.14.1 | 3.8.0 | 0.42.1 | 5.24.0 | 2.5.5 |
+
+`pip install .` was tried with pip 20.3, 21.2, 21.3, 22.3 and 23.2; `pip install -e .` needs pip 21.3 or newer.
 """
 
 

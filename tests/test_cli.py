@@ -1,7 +1,11 @@
 """The commands as a user meets them: what they write."""
 
 import dataclasses
+import importlib.machinery
+import importlib.metadata
+import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,12 +13,14 @@ import numpy as np
 import pytest
 from diffusers import DiTTransformer2DModel
 from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from commands import QUICK, call
 from selfnpo import train
-from selfnpo.config import TrainConfig, parse_config
+from selfnpo.cli import parse
+from selfnpo.config import PRESETS, TrainConfig, parse_config, preset_config
 from selfnpo.demo.evaluation import evaluate
-from selfnpo.models import DEMO_FOLDER
+from selfnpo.models import DEMO_FOLDER, FAMILIES
 from selfnpo.output import RESULTS
 
 
@@ -87,7 +93,7 @@ def test_flags_beat_the_file_and_the_file_beats_the_preset(tmp_path):
     ],
 )
 def test_names_of_other_scripts(alias, name, value):
-    assert getattr(parse_config([f"--{alias}", str(value)]), name) == value
+    assert getattr(parse(TrainConfig, [f"--{alias}", str(value)]), name) == value
 
 
 def test_the_demo_judges_its_negative_and_shows_it(tmp_path, monkeypatch, capsys):
@@ -95,8 +101,10 @@ def test_the_demo_judges_its_negative_and_shows_it(tmp_path, monkeypatch, capsys
         "selfnpo.demo.run_report.evaluate", lambda *args, num_samples, **kw: evaluate(*args, num_samples=200, **kw)
     )
     assert call("train", "--max_train_steps", 30, "--output_dir", tmp_path / "out") == 0
-    assert set(RESULTS) - {"tensorboard", "samples"} <= {path.name for path in (tmp_path / "out").iterdir()}
-    assert "guidance_scale = 3" in capsys.readouterr().out
+    assert set(RESULTS) - {"tensorboard", "wandb", "samples"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    said = capsys.readouterr().out
+    assert said.startswith("no model of your own is given (--pretrained_model_name_or_path): training the embedded demo\n")
+    assert "guidance_scale = 3" in said
     report = (tmp_path / "out" / "report.md").read_text()
     assert "recall" in report
     assert "30 steps of 128 samples" in report
@@ -109,6 +117,9 @@ def test_tensorboard_is_optional(tmp_path, monkeypatch, capsys):
     flags = ("--report_to", "tensorboard", "--logging_steps", 2)
     assert call("train", *QUICK, "--output_dir", tmp_path / "out", *flags) == 0
     assert list((tmp_path / "out" / "tensorboard").glob("events.*"))
+    board = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == [2, 4]
+    assert [event.step for event in board.Images("samples")] == [4]  # also the one after the last step
     (tmp_path / "file").touch()
     flags += ("--overwrite", "--logging_dir")
     assert call("train", *QUICK, "--output_dir", tmp_path / "out", *flags, "logs") == 0
@@ -119,6 +130,74 @@ def test_tensorboard_is_optional(tmp_path, monkeypatch, capsys):
     assert call("train", *QUICK, "--output_dir", tmp_path / "other", "--report_to", "tensorboard") == 2
     assert "pip install 'selfnpo[tensorboard]'" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+class FakeWandb:
+    """What accelerate calls of wandb."""
+
+    __spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="wandb")
+
+    def __init__(self):
+        self.started, self.logged, self.finished = {}, [], False
+
+    def init(self, **settings):
+        self.started = settings
+        return self
+
+    def log(self, values, step):
+        assert not self.finished
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished = True
+
+    @staticmethod
+    def Image(pixels):
+        return pixels.shape
+
+
+def test_wandb_gets_numbers_and_pictures(tmp_path, monkeypatch, capsys):
+    flags = ("--output_dir", tmp_path / "out", "--report_to", "wandb", "--logging_steps", 2)
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "wandb", None)
+        assert call("train", *QUICK, *flags) == 2
+        assert "report_to is wandb, which is not installed; run pip install 'selfnpo[wandb]'" in capsys.readouterr().err
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert call("train", *QUICK, *flags) == 0
+    assert fake.started == {"project": "selfnpo", "name": "out", "dir": str(tmp_path / "out")}
+    assert [step for step, _ in fake.logged] == [2, 4, 4]
+    (shape,) = fake.logged[-1][1]["samples"]
+    assert shape[-1] == 3
+    assert fake.finished
+    fake.init = lambda **settings: 1 / 0
+    assert call("train", *QUICK, *flags, "--overwrite") == 2
+    assert "report_to is wandb, which could not be started (division by zero); run wandb login" in capsys.readouterr().err
+
+
+def test_a_folder_of_logs_is_no_package(tmp_path, monkeypatch, capsys):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    if importlib.metadata.packages_distributions().get("wandb"):
+        pytest.skip("wandb is installed")
+    assert call("train", *QUICK, "--output_dir", tmp_path / "out", "--report_to", "wandb") == 2
+    assert "run pip install 'selfnpo[wandb]'" in capsys.readouterr().err
+
+
+def test_help_says_what_preset_and_model_decide(capsys):
+    decided = {field.name for field in dataclasses.fields(TrainConfig) if field.name != "preset" and varies(field.name)}
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(TrainConfig):
+        block = re.search(rf"--{field.name}[ ,\]].*?\((default: .*?|optional|sets: .*?)\)", text)[0]
+        assert ("the preset's for the model;" in block) == (field.name in decided), block
+
+
+def varies(name: str) -> bool:
+    families = [family.presets for family in FAMILIES]
+    values = [getattr(preset_config(*each), name) for each in itertools.product(PRESETS, families, (False, True))]
+    return any(value != getattr(TrainConfig(), name) for value in values)
 
 
 def test_sample_writes_a_picture(trained, tmp_path):

@@ -29,8 +29,8 @@ from selfnpo.models import DEMO_FOLDER
         (["--checkpointing_minutes", "0"], "checkpointing_minutes is 0.0; expected a value from 0.01 to 100000"),
         (["--checkpointing_steps", "-5"], "checkpointing_steps is -5; expected a value from 0 to 10000000"),
         (["--config", "absent.yaml"], "config absent.yaml could not be read"),
-        (["--resume_from_checkpoint", "latest"], "holds no intact checkpoint"),
-        (["--resume_from_checkpoint", "nowhere"], "nowhere is no intact checkpoint"),
+        (["--resume_from_checkpoint", "latest"], "has no intact checkpoint"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere is not an intact checkpoint"),
         (["--output_dir", "/proc/selfnpo"], "output_dir /proc/selfnpo cannot be written"),
         (
             ["--pretrained_model_name_or_path", "nothing/here"],

@@ -132,7 +132,7 @@ def test_bases_that_diffusers_must_convert_or_change(models, tmp_path, merged):
     file = save_single_file(base, tmp_path / "model.safetensors")
     got = merged(file, negative, "--extrapolate", 0.5, "--single_file_config", base)
     assert_combined(weights(got), weights(base / "unet"), weights(negative), -0.5)
-    got = merged(base, file, "--denoiser_name_or_path", other, "--extrapolate", 0.5, "--single_file_config", base)
+    got = merged(base, file, "--denoiser_name_or_path", other, "--extrapolate", 0.5)
     assert_combined(weights(got), weights(other), weights(base / "unet"), -0.5)
     got = merged(base, offset, "--lora_name_or_path", offset, "--lora_scale", 0.5, "--beta", 0.25)
     assert_combined(weights(got), weights(base / "unet"), fused(base, offset), 0.75)

@@ -40,7 +40,7 @@ def refused(tmp_path, capsys):
         (["--beta", 1.5], "beta is 1.5; expected a value from 0 to 1, or any with --force"),
         (["--beta", "nan", "--force"], "beta is nan; expected a finite number"),
         (["--positive", "x", "--alpha", -1], "alpha is -1.0; expected a value from 0 to 1"),
-        (["--alpha", 0.5], "alpha is 0.5, a share of eta, but no positive is given; pass --positive"),
+        (["--alpha", 0.5], "alpha is 0.5, but it scales eta and no positive is given; pass --positive"),
         (["--positive", "nobody/nothing"], "nobody/nothing is no folder here and could not be fetched from the hub"),
         (["--positive", "absent.safetensors"], "absent.safetensors"),
     ],

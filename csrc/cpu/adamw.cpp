@@ -25,7 +25,7 @@ SELFNPO_VECTORISED void split_block(const float* __restrict value, uint16_t* __r
     for (int64_t i = 0; i < count; ++i) split(value[i], high[i], low[i]);
 }
 
-// A block of float32 or split weights as float32, written back at the end of its life.
+// A block of float32 or split weights as float32, written back by the destructor.
 class Weights {
   public:
     Weights(void* data, int16_t* low, int64_t begin, int64_t count) : count_(count) {

@@ -1,4 +1,4 @@
-// x_s = a x_t + b z, the noise z drawn where it is used: each element is read once and written once.
+// x_s = a x_t + b z. The noise z is drawn where it is used, so each element is read once and written once.
 #include "ops.h"
 #include "philox_words.h"
 
@@ -23,8 +23,8 @@ SELFNPO_VECTORISED void box_muller_block(float* __restrict normal, const Words& 
 void forward_jump(const ForwardJump& op, int threads) {
     const int64_t channels = op.channels, elements = channels * op.positions;
     prepare_output(op.out, op.batch * elements);
-    // Where channels lie side by side, a block is a run of positions with all their channels; a channel's run may begin
-    // inside a counter's four elements and end inside another's, hence the four positions less.
+    // With channels last in memory, a block is a run of positions with all their channels. A channel's run may begin inside
+    // one counter's four elements and end inside another's, so a block has four positions less.
     const int64_t length = channels == 1 ? kBlock : std::clamp<int64_t>(16 * kBlock / channels, 16, kBlock - 4);
     const auto block = [&](int64_t sample, int64_t begin, int64_t count) {
         const float a = op.rows[sample][0], b = op.rows[sample][1];

@@ -4,7 +4,7 @@
 namespace selfnpo {
 namespace {
 
-// All streams of memory in one loop, so that the processor fetches them side by side.
+// All memory streams in one loop, so that the processor fetches them in parallel.
 template <bool kPrev, bool kUncond>
 inline void step(float* __restrict prev, float* __restrict original, const float* __restrict x, const float* __restrict cond,
                  const float* __restrict uncond, const float* row, float scale, int64_t count) {

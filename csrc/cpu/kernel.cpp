@@ -89,7 +89,7 @@ void prepare_output(const Tensor& tensor, int64_t elements) {
     constexpr uintptr_t kPage = 2u << 20;
     const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data);
     const uintptr_t end = begin + elements * (tensor.dtype == Dtype::float32 ? 4 : 2);
-    // From 32 MiB on the C library maps every allocation anew and returns it afterwards.
+    // From 32 MiB on, the C library maps fresh memory for every allocation and unmaps it afterwards.
     if (end - begin >= 16 * kPage) {
         const uintptr_t aligned = (begin + kPage - 1) / kPage * kPage;
         madvise(reinterpret_cast<void*>(aligned), end - aligned, MADV_HUGEPAGE);  // a hint: failure changes nothing

@@ -1,5 +1,5 @@
 // The CPU kernels. Tensors are dense [batch, elements] in one memory order; `rows` holds `row_stride` floats per sample
-// (0 where all samples share a row). Callers check shapes, dtypes and sizes.
+// (0 if all samples share a row). Callers check shapes, dtypes and sizes.
 #pragma once
 
 #include "../adamw.h"
@@ -32,10 +32,10 @@ void cfg_combine(const CfgCombine& op, int threads);
 
 struct ForwardJump {
     Tensor out;
-    ConstTensor sample;  // may be absent where every a is zero
+    ConstTensor sample;  // may be absent if every a is zero
     Rows rows;           // a, b
     const int64_t* sample_ids;
-    int64_t batch, channels, positions;  // element (channel, position) lies at position * channels + channel
+    int64_t batch, channels, positions;  // element (channel, position) is at position * channels + channel
     uint64_t seed;
     uint32_t step, site;
 };

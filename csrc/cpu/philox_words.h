@@ -1,5 +1,5 @@
-// Philox words of consecutive counters. The products of 32-bit words are 64 bits wide, which compilers vectorise badly, so
-// AVX2 and AVX-512 have versions of their own; the loader picks one. All give the same integers.
+// Philox words of consecutive counters. Products of 32-bit words are 64 bits wide, which compilers vectorise badly, so there
+// are separate versions for AVX2 and AVX-512. The loader picks one. All give the same integers.
 #pragma once
 
 #include "../philox.h"
@@ -14,7 +14,7 @@ namespace selfnpo {
 constexpr int64_t kCounters = kBlock / 4;
 
 struct Counters {
-    uint32_t first;  // of consecutive ones: element / 4
+    uint32_t first;  // element / 4; the others follow consecutively
     uint32_t step, site, sample_id;
     uint64_t seed;
 };

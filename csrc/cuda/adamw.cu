@@ -1,6 +1,6 @@
 // AdamW over many tensors: clip factor, update, moving average and bfloat16 weights in one pass over memory.
 //
-// The table of tensors travels by value in the kernel's parameters, so a captured graph needs no host memory later.
+// The table of tensors is passed by value in the kernel's parameters, so a captured graph needs no host memory later.
 #include "adamw.h"
 
 #include <cuda_bf16.h>
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kThreads = 256, kVector = 4, kRounds = 4;
 constexpr int64_t kChunk = int64_t{kThreads} * kVector * kRounds;  // elements per thread block
-// As many tensors as fit the space for parameters: 32,764 bytes from CUDA 12.1 on, 4,096 before.
+// As many tensors as fit in the space for parameters: 32,764 bytes from CUDA 12.1 on, 4,096 before.
 constexpr int kTensors = CUDART_VERSION >= 12010 ? 440 : 52;
 
 struct Table {
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) update(const __grid_constant__ Table
         const int64_t count = tensor.elements - at;
         if (count <= 0) return;
         const bool whole = vectors && count >= kVector;
-        // All loads first: their latencies overlap.
+        // All loads come first, so that their latencies overlap.
         Weights<kSplit> param, ema;
         param.load(tensor.param, tensor.low, at, count, whole);
         const Pack<Grad> grads = load(grad, at, count, whole);

@@ -21,6 +21,7 @@ PEAKS = {"A100": 312e12, "H100": 990e12, "H200": 990e12}  # FLOP/s of dense bf16
 # Share of these that a prediction assumes: the record for a UNet in training, Stable Diffusion v2's in MLPerf Training v4.0,
 # with 127.5 samples/s on an H100, 307 TFLOP/s.
 EFFICIENCY = 0.31
+FILLS_A_GPU = 1e12  # FLOPs of a step from which that can be assumed: shorter ones wait for launches
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,13 @@ def step_flops(config: TrainConfig, flops: Flops, evaluations_per_sample: float)
     return config.total_batch_size * (flops.training + evaluations_per_sample * branches * flops.forward)
 
 
-def cost_of_compute(device: torch.device, seconds: float, flops_done: float, peak: float) -> dict[str, float]:
-    """Hours, and the speed beside `peak`, the FLOP/s of `matmul_peak`."""
+def cost_of_compute(device: torch.device, seconds: float, flops_done: float, peak: float | None = None) -> dict[str, float]:
+    """Hours and speed, on a GPU beside `peak`, the FLOP/s of `matmul_peak`."""
     achieved = flops_done / seconds
-    return {
-        "gpu_hours" if device.type == "cuda" else "cpu_hours": seconds / 3600,
-        "tflops": achieved / 1e12,
-        "fraction_of_matmul_peak": achieved / peak,
-        "matmul_peak_tflops": peak / 1e12,
-    }
+    found = {"gpu_hours" if device.type == "cuda" else "cpu_hours": seconds / 3600, "tflops": achieved / 1e12}
+    if peak is not None:
+        found |= {"fraction_of_matmul_peak": achieved / peak, "matmul_peak_tflops": peak / 1e12}
+    return found
 
 
 def predicted(run_flops: float) -> dict[str, float]:
@@ -77,15 +76,17 @@ def cost_lines(cost: dict[str, Any]) -> str:
     """The closing lines of a run.
 
     Args:
-        cost: what `cost_of_compute` and `Meter.report` return, `samples_per_second`, and where no GPU was at hand
+        cost: what `cost_of_compute` and `Meter.report` return, `samples_per_second`, and of a large run without a GPU
             `predicted_gpu_hours`, which `predicted` returns.
     """
     kind = "GPU" if "gpu_hours" in cost else "CPU"
-    share = f"{_percent(cost['fraction_of_matmul_peak'])} of the matmul peak measured in this run"
+    share = ""
+    if "fraction_of_matmul_peak" in cost:
+        share = f" ({_percent(cost['fraction_of_matmul_peak'])} of the matmul peak measured in this run)"
     parts = [
         _duration(cost[f"{kind.lower()}_hours"], kind),
         f"{digits(cost['samples_per_second'])} samples/s",
-        f"{_with_prefix(cost['tflops'] * 1e12, 'FLOP/s')} ({share})",
+        f"{_with_prefix(cost['tflops'] * 1e12, 'FLOP/s')}{share}",
     ]
     if cost["energy_wh"] is not None:
         parts.append(_with_prefix(cost["energy_wh"], "Wh"))

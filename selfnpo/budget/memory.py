@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from selfnpo.budget.meta import activations, make_trainable
-from selfnpo.config import TrainConfig, dtype_of
+from selfnpo.config import TrainConfig
+from selfnpo.device import dtype_of
 from selfnpo.models import Source
 from selfnpo.training.optimizer import moment_bytes
 from selfnpo.training.student import is_split

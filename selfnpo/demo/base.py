@@ -6,21 +6,21 @@ A class-conditional DiT whose one patch is the whole 8x8 image: a residual netwo
 small, so that it has visible faults as every large model has and trains in a minute on a CPU.
 """
 
+from __future__ import annotations
+
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel
-from torch.nn import functional as F
-from tqdm import trange
+from typing import TYPE_CHECKING
 
 from selfnpo.cli import parse, run
 from selfnpo.errors import UserError
-from selfnpo.files import committed_folder
-from selfnpo.inputs.digits import Split, halves
-from selfnpo.output import prepare_output
-from selfnpo.schedule import make_schedule
+from selfnpo.options import Split
+from selfnpo.output import prepare_output, progress
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 NULL_LABEL = 10
 
@@ -42,11 +42,20 @@ class BaseConfig:
 
 
 def make_scheduler() -> DDIMScheduler:
+    from diffusers import DDIMScheduler  # as below, so that --help needs no PyTorch
+
     return DDIMScheduler(beta_schedule="linear", timestep_spacing="trailing", clip_sample=False)
 
 
 def train_base(split: Split, steps: int, seed: int) -> DiTTransformer2DModel:
     """The exponential moving average after `steps` steps of ordinary denoising training with label dropout."""
+    import torch
+    from diffusers import DiTTransformer2DModel
+    from torch.nn import functional as F
+
+    from selfnpo.inputs.digits import halves
+    from selfnpo.schedule import make_schedule
+
     digits, _ = halves(split)
     schedule = make_schedule(make_scheduler())
     with torch.random.fork_rng(devices=[]):
@@ -58,7 +67,7 @@ def train_base(split: Split, steps: int, seed: int) -> DiTTransformer2DModel:
         model.eval()  # diffusers' own label dropout is off; the null label is drawn below
         average = copy.deepcopy(model).requires_grad_(False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2, fused=True)
-        for step in trange(steps, desc="base", unit="step", disable=None):
+        for step in progress(range(steps), desc="base", unit="step"):
             optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 100)
             batch, t = torch.randint(len(digits.labels), (128,)), torch.randint(1000, (128,))
             noise, images = torch.randn(128, 1, 8, 8), digits.images[batch]
@@ -78,6 +87,8 @@ def main(config: BaseConfig) -> None:
     if config.max_train_steps < 1:
         raise UserError(f"max_train_steps is {config.max_train_steps}; expected a positive number, such as 3000")
     prepare_output(config.output_dir, ("transformer", "scheduler"), config.overwrite)
+    from selfnpo.files import committed_folder
+
     model = train_base(config.split, config.max_train_steps, config.seed)
     for name, part in (("transformer", model), ("scheduler", make_scheduler())):
         with committed_folder(config.output_dir / name) as folder:
@@ -85,5 +96,9 @@ def main(config: BaseConfig) -> None:
     print(f"base model: {config.output_dir}")
 
 
+def command(args: Sequence[str] | None = None) -> None:
+    main(parse(BaseConfig, args))
+
+
 if __name__ == "__main__":
-    run(lambda: main(parse(BaseConfig)))
+    run(command)

@@ -14,14 +14,12 @@ import torch
 from diffusers import ModelMixin
 from scipy import stats
 from torch import nn
-from tqdm import tqdm
 
+from selfnpo.demo.config import CFG, NONE
 from selfnpo.demo.metrics import Metrics
 from selfnpo.models import PretrainedModel
+from selfnpo.output import progress
 from selfnpo.sampling.ddim import ddim_sample, start_noise
-
-NONE, CFG, SELF_NPO = "none", "cfg", "self-npo"
-SEEDS = (20, 21, 22, 23, 24, 25)  # of what is reported; settings were chosen with others
 
 
 @dataclass(frozen=True)
@@ -92,12 +90,15 @@ def evaluate(
     def measure(arm: str, guidance_scale: float, seed: int, negative: nn.Module) -> None:
         samples = ddim_sample(base, start_noise(base, num_samples, seed), labels, guidance_scale, negative)
         values.setdefault(arm, {}).setdefault(guidance_scale, []).append(metrics(samples.cpu(), labels))
+        bar.update()
 
-    for seed, models in zip(tqdm(seeds, desc="replicates", disable=None), negatives, strict=True):
+    bar = progress(desc="judge", unit="set of samples")
+    for seed, models in zip(seeds, negatives, strict=True):
         measure(NONE, 1.0, seed, base.denoiser)
         for arm, negative in ({CFG: base.denoiser} | models).items():
             for guidance_scale in guidance_scales:
                 measure(arm, guidance_scale, seed, negative)
+    bar.close()
     return Evaluation(values, num_samples, seeds)
 
 

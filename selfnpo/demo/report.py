@@ -5,7 +5,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from selfnpo.demo.evaluation import CFG, NONE, SELF_NPO, Estimate, Evaluation
+from selfnpo.demo.config import CFG, NONE, SELF_NPO
+from selfnpo.demo.evaluation import Estimate, Evaluation
 from selfnpo.demo.metrics import HIGHER_IS_BETTER, METRICS
 from selfnpo.figures import save_figure
 from selfnpo.sampling.ddim import title

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 
 from selfnpo.demo import report
-from selfnpo.demo.evaluation import CFG, NONE, SEEDS, SELF_NPO, evaluate
+from selfnpo.demo.config import CFG, NONE, SEEDS, SELF_NPO
+from selfnpo.demo.evaluation import evaluate
 from selfnpo.demo.metrics import Metrics
-from selfnpo.export.negative import card
+from selfnpo.export.negative import add_picture
 from selfnpo.export.run_cost import save_metrics, training_cost
 from selfnpo.files import write_text
 from selfnpo.inputs.digits import halves
@@ -45,7 +46,7 @@ def demo_report(state: TrainState, status: str, compute: dict[str, Any]) -> str:
     save_comparison(output_dir / "comparison.png", panels, base.num_conditions, caption, [*map(str, labels.tolist())])
     verdict = report.verdict(evaluation)
     save_metrics(state, status, compute, evaluation.values)
-    write_text(output_dir / "negative" / "README.md", card(state, status, evaluation.values))
+    add_picture(state, status, output_dir / "comparison.png", evaluation.values)
     write_text(
         output_dir / "report.md",
         "\n\n".join(

@@ -13,7 +13,6 @@ from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from selfnpo.errors import UserError
 from selfnpo.files import DTYPES, committed_folder, tensors_header
@@ -22,10 +21,10 @@ from selfnpo.models import ModelOptions, Source
 from selfnpo.models.lora.read import is_lora, read_offsets
 from selfnpo.models.lora.write import model_spec
 from selfnpo.models.origin import SINGLE_FILE, find
+from selfnpo.output import progress
 
 MAX_SHARD_SIZE = "10GB"  # diffusers' default
 AS_STORED = {"F32", "F16", "BF16"}  # dtypes of weights that are read as they lie
-CONFIG_FILES = ("config.json", SAFE_WEIGHTS_INDEX_NAME)  # beside the weights
 
 Read = Callable[[str], Tensor]  # the weight of that name, in float32
 ReadTuned = Callable[[str, Tensor], Tensor]  # likewise, given the base's
@@ -78,12 +77,12 @@ def merge(
         weight = mixed(original, _intact(changed(key, original), key, negative), other, alpha, beta).to(dtype)
         if not _is_finite(weight):
             raise UserError(f"the result's {key} is too large for {dtype_name(dtype)}; pass --dtype bfloat16 or float32")
-        progress.update()
+        bar.update()
         return weight
 
     with (
         committed_folder(folder.resolve()) as partial,
-        tqdm(total=len(state), desc="merge", unit="tensor", disable=None) as progress,
+        progress(total=len(state), desc="merge", unit="tensor") as bar,
     ):
         empty.save_config(partial)
         for filename, keys in split.filename_to_tensors.items():

@@ -1,31 +1,36 @@
 """The README.md of a trained negative: what it was made from, how, at what cost, and how it is used."""
 
 import shlex
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCardData, metadata_load
+from yaml import YAMLError
 
 from selfnpo.cli import as_flags
 from selfnpo.config import TrainConfig, to_yaml
-from selfnpo.models import DEMO, Family, ModelOptions, SampleOptions
-from selfnpo.models.origin import SINGLE_FILE
+from selfnpo.errors import UserError
+from selfnpo.models import DEMO, Family, ModelOptions, SampleOptions, Source
+from selfnpo.models.origin import SINGLE_FILE, find
 
 _USE = """\
 ## How to use it
 
 It is no model to sample from: it is what classifier-free guidance steers away from, in place of the base itself,
 
-    eps = (w + 1) eps_base(x, t, prompt) - w eps_negative(x, t, "")
+    {formula}
+
+This needs the Python package `selfnpo`, with which it was trained: `pip install .` in its source folder. The method is that
+of the paper [Self-NPO, arXiv 2505.11777](https://arxiv.org/abs/2505.11777).
 
 ```
 python -m selfnpo.sample {base} --negative {negative} \\
     {prompt}--guidance_scale {scale:g} --num_images 4
 ```
 
-{diffusers}`--beta` weakens it (theta + beta delta), `--positive` and `--alpha` combine it with a fine-tuned positive model
-(theta + alpha eta + beta delta), `--guidance_scale` is w + 1; it was shown with alpha = 1, beta = 1,
+{diffusers}{comfyui}`--beta` weakens it (theta + beta delta), `--positive` and `--alpha` combine it with a fine-tuned
+positive model (theta + alpha eta + beta delta). The samples of its training were made with alpha = 1, beta = 1 and
 guidance_scale = {scale:g}."""
 
 _IN_DIFFUSERS = """\
@@ -42,41 +47,110 @@ with guide(pipe, "{negative}"):
 
 """
 
+_LORA_IN_COMFYUI = """\
+In ComfyUI, copy `{file}` to `models/loras`, load it with *Create Hook LoRA (MO)*, and put *Cond Set Props* with those
+hooks behind the negative prompt; *Load LoRA* would change both branches.
 
-def model_card(
-    config: TrainConfig, family: Family, cost: dict[str, Any], status: str, quality: dict[str, Any] | None
-) -> str:
-    """Markdown with the metadata that the Hugging Face hub reads.
+"""
 
-    Args:
-        quality: metrics by method and guidance scale, where samples were judged.
-    """
-    base = config.pretrained_model_name_or_path
-    hub_id = None if Path(base).exists() or base == DEMO else base
-    tags = ["self-npo", "negative-preference-optimization", "diffusers", family.name, *(["lora"] if config.rank else [])]
-    data = ModelCardData(base_model=hub_id, library_name="diffusers", tags=tags)
+_MODEL_IN_COMFYUI = """\
+In ComfyUI, copy `diffusion_pytorch_model.safetensors` to `models/diffusion_models`, load it with *Load Diffusion Model*, and
+give it to *Dual Model CFG Guider* as the negative model.
+
+"""
+
+_FORMULAS = {  # by what a condition is
+    "prompts": 'eps_negative(x, t, "") + guidance_scale * (eps_base(x, t, prompt) - eps_negative(x, t, ""))',
+    "classes": "eps_negative(x, t, no class) + guidance_scale * (eps_base(x, t, class) - eps_negative(x, t, no class))",
+    "": "eps_negative(x, t) + guidance_scale * (eps_base(x, t) - eps_negative(x, t))",
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is told of a negative beside its settings."""
+
+    cost: dict[str, Any]
+    status: str
+    quality: dict[str, Any] | None = None  # metrics by method and guidance scale, where samples were judged
+    picture: str | None = None  # a file beside the card
+    lora_file: str | None = None  # likewise, where it is a LoRA the file for ComfyUI, or else for diffusers
+
+
+def model_card(config: TrainConfig, source: Source, card: Card) -> str:
+    """Markdown with the metadata that the Hugging Face hub reads."""
+    base, family = config.pretrained_model_name_or_path, source.family
     scale = config.validation_guidance_scale or family.guidance_scale
     negative = config.hub_model_id if config.push_to_hub else config.output_dir / "negative"
+    licence = _licence(source)
+    conditions = "prompts" if family.takes_prompts else "classes" if family.classes(source.config) else ""
     is_pipeline = (config.denoiser_name_or_path, config.lora_name_or_path) == (None, None) and not base.endswith(SINGLE_FILE)
     in_diffusers = _IN_DIFFUSERS.format(pipeline=family.pipeline_name, base=base, negative=negative, scale=scale)
-    return "\n\n".join(
-        (
-            f"---\n{data.to_yaml()}\n---",
-            f"# Self-NPO negative for {base}",
-            f"A negative model for `{base}`, fine-tuned on truncated rollouts of the model itself ([Self-NPO]"
-            "(https://arxiv.org/abs/2505.11777)): without data beyond those that the settings name, and without a reward.",
-            _USE.format(
-                base=_base(config),
-                negative=negative,
-                prompt='--prompt "a lighthouse in a storm" ' if family.takes_prompts else "",
-                scale=scale,
-                diffusers=in_diffusers if family.takes_prompts and is_pipeline else "",
-            ),
-            f"## Cost\n\nEnded: {status}.\n\n" + _table(cost),
-            "## Metrics\n\n" + (_quality(quality) if quality else "Its samples were not judged."),
-            f"## Settings\n\n```yaml\n{to_yaml(config)}```\n",
-        )
+    sections = (
+        f"---\n{_metadata(config, source, licence, card.lora_file is not None).to_yaml()}\n---",
+        f"# Self-NPO negative for {source.name if source.is_demo else base}",
+        f"A negative model for `{base}`, fine-tuned on truncated rollouts of the model itself: without data beyond those "
+        "that the settings name, and without a reward.",
+        card.picture and f"![Samples with plain guidance and with this negative, from equal noise]({card.picture})",
+        _USE.format(
+            formula=_FORMULAS[conditions],
+            base=_base(config),
+            negative=negative,
+            prompt='--prompt "a lighthouse in a storm" ' if family.takes_prompts else "",
+            scale=scale,
+            diffusers=in_diffusers if family.takes_prompts and is_pipeline else "",
+            comfyui=_in_comfyui(family, card.lora_file),
+        ),
+        f"## Cost\n\nEnded: {card.status}.\n\n" + _table(card.cost),
+        "## Metrics\n\n" + (_quality(card.quality) if card.quality else "Its samples were not judged."),
+        "## Licence\n\n" + _licence_sentence(config, licence),
+        f"## Settings\n\n```yaml\n{to_yaml(config)}```\n",
     )
+    return "\n\n".join(filter(None, sections))
+
+
+def _metadata(config: TrainConfig, source: Source, licence: dict[str, str], is_lora: bool) -> ModelCardData:
+    names = (config.denoiser_name_or_path, config.pretrained_model_name_or_path)
+    hub_ids = [name for name in names if name and name != DEMO and not Path(name).exists()]
+    family, relation = source.family, "adapter" if is_lora else "finetune"
+    return ModelCardData(
+        base_model=hub_ids if len(hub_ids) > 1 else next(iter(hub_ids), None),
+        library_name="diffusers",
+        pipeline_tag=family.pipeline_tag or None,
+        tags=["self-npo", "negative-preference-optimization", "diffusers", family.name, *(["lora"] if is_lora else [])],
+        **licence | ({"base_model_relation": relation} if hub_ids else {}),
+    )
+
+
+def _licence(source: Source) -> dict[str, str]:
+    """What the base's own card says; empty where it has none, or where other weights take part in the base."""
+    options = source.options
+    if source.file or source.is_demo or options.denoiser_name_or_path or options.lora_name_or_path:
+        return {}
+    try:
+        readme = find(source.layout, "README.md", options)
+        values = (readme and metadata_load(readme)) or {}
+    except (UserError, OSError, ValueError, YAMLError):
+        return {}
+    keys = ("license", "license_name", "license_link")
+    return {key: values[key] for key in keys if isinstance(values.get(key), str)} if values.get("license") else {}
+
+
+def _licence_sentence(config: TrainConfig, licence: dict[str, str]) -> str:
+    base = config.pretrained_model_name_or_path
+    if base == DEMO:
+        return "That of the package `selfnpo`, whose demo it was trained from."
+    names = ", ".join(f"`{name}`" for name in (base, config.denoiser_name_or_path, config.lora_name_or_path) if name)
+    if not licence:
+        return f"See that of {names}, from which it was made."
+    link = f" ({licence['license_link']})" if "license_link" in licence else ""
+    return f"That of {names}, from which it was made: {licence.get('license_name', licence['license'])}{link}."
+
+
+def _in_comfyui(family: Family, lora_file: str | None) -> str:
+    if not family.base_model_version:
+        return ""
+    return _LORA_IN_COMFYUI.format(file=lora_file) if lora_file else _MODEL_IN_COMFYUI
 
 
 def _base(config: TrainConfig) -> str:

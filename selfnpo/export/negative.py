@@ -1,16 +1,19 @@
 """The trained negative in a folder of its own, with its model card: full weights, or a LoRA in both formats."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
-from selfnpo.export.model_card import model_card
+from selfnpo.export.model_card import Card, model_card
 from selfnpo.export.run_cost import training_cost
-from selfnpo.files import committed_folder
+from selfnpo.files import committed_file, committed_folder, write_text
+from selfnpo.models.lora.read import LORA_FILE
 from selfnpo.models.lora.write import model_spec, save_lora
 from selfnpo.training.state import TrainState
 from selfnpo.training.student import LoRAStudent
 
 KOHYA_FILE = "negative_kohya.safetensors"
+PICTURE = "samples.png"
 
 
 def save_negative(state: TrainState, status: str) -> Path:
@@ -18,13 +21,20 @@ def save_negative(state: TrainState, status: str) -> Path:
     LoRAs for the family."""
     folder = state.config.output_dir / "negative"
     with committed_folder(folder) as partial:
-        is_lora = isinstance(state.student, LoRAStudent) and hasattr(state.base.family.pipeline_class, "load_lora_weights")
-        if is_lora:
+        if _lora_file(state):
             _save_lora(partial, state)
         else:
             state.student.merged().save_pretrained(partial)
         (partial / "README.md").write_text(card(state, status))
     return folder
+
+
+def _lora_file(state: TrainState) -> str | None:
+    """The file of a LoRA, kohya's where there is one; None where a whole model is written."""
+    family = state.base.family
+    if not (isinstance(state.student, LoRAStudent) and hasattr(family.pipeline_class, "load_lora_weights")):
+        return None
+    return KOHYA_FILE if family.base_model_version else LORA_FILE
 
 
 def _save_lora(folder: Path, state: TrainState) -> None:
@@ -51,6 +61,15 @@ def _save_lora(folder: Path, state: TrainState) -> None:
     )
 
 
-def card(state: TrainState, status: str, quality: dict[str, Any] | None = None) -> str:
+def card(state: TrainState, status: str, quality: dict[str, Any] | None = None, picture: str | None = None) -> str:
     """The model card; without `quality` the samples were not judged."""
-    return model_card(state.config, state.base.family, training_cost(state), status, quality)
+    told = Card(training_cost(state), status, quality, picture, _lora_file(state))
+    return model_card(state.config, state.base.source, told)
+
+
+def add_picture(state: TrainState, status: str, picture: Path, quality: dict[str, Any] | None = None) -> None:
+    """Put a picture of samples beside the negative, and into its card, so that both go to the hub."""
+    folder = state.config.output_dir / "negative"
+    with committed_file(folder / PICTURE) as partial:
+        shutil.copyfile(picture, partial)
+    write_text(folder / "README.md", card(state, status, quality, PICTURE))

@@ -1,4 +1,4 @@
-"""A negative model in a pipeline's denoiser: attached, detached, and run beneath everything else that hooks into it."""
+"""Attaches a negative model to a pipeline's denoiser and detaches it, beneath all other hooks of the denoiser."""
 
 import logging
 import threading
@@ -26,12 +26,12 @@ COMPILE_FIRST = "the denoiser was compiled after guide() was called; compile fir
 
 
 class Guidance:
-    """A negative model that can be attached to a pipeline and detached from it; also a context. Made by `guide`.
+    """A negative model that can be attached to a pipeline and detached from it. Also a context manager. Made by `guide`.
 
     Args:
         component: name of the denoiser in the pipeline.
-        description: of the negative, for messages.
-        extrapolation: w + 1 where the pipeline has no guidance of its own.
+        description: describes the negative in messages.
+        extrapolation: the guidance scale if the pipeline has no guidance of its own, else None.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Guidance:
 
     @property
     def evaluations(self) -> int:
-        """Calls of the denoiser, since this was attached, of which the negative answered a part."""
+        """Calls of the denoiser since `attach` in which the negative computed at least a part."""
         return self._calls.answered
 
     def __enter__(self) -> "Guidance":
@@ -64,7 +64,7 @@ class Guidance:
             self._check_used()
 
     def attach(self) -> None:
-        """Raises: UserError if this or another negative is in the denoiser already."""
+        """Raises: UserError if a negative is already attached to the denoiser."""
         module = getattr(self.pipe, self.component)
         denoiser = unwrap_module(module)
         registry = HookRegistry.check_if_exists_or_initialize(denoiser)
@@ -84,7 +84,7 @@ class Guidance:
         """Leave the pipeline as it was.
 
         Raises:
-            UserError: the negative has never been used; it is detached all the same.
+            UserError: the negative was never used. It is detached anyway.
         """
         was_attached = self.attached
         self._remove()
@@ -115,7 +115,7 @@ class Guidance:
             )
 
     def _around_compiled(self, module: nn.Module) -> None:
-        """Compiled code stays whole, with the branches around it."""
+        """Keep compiled code in one piece and run the branches around it."""
         self._compiled = None
         if module is not self._denoiser:
             self._compiled = module, "forward", module.forward
@@ -131,13 +131,13 @@ class Guidance:
         return denoiser._compiled_call_impl is not None or (module is not denoiser and unwrap_module(module) is denoiser)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """The weights go wherever the denoiser is moved, by the pipeline or by accelerate."""
+        """Move the branches' weights along whenever the pipeline or accelerate moves the denoiser."""
         for tensor in self.branches.tensors():
             tensor.data = fn(tensor.data)
         return type(self._denoiser)._apply(self._denoiser, fn, recurse)
 
     def forward(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        """The denoiser's output, a part of it by the negative."""
+        """The denoiser's output, with the negative's part computed by the negative."""
         if self._compiled is None and self._is_compiled():
             raise UserError(COMPILE_FIRST)
         arguments = self._calls.arguments(*args, **kwargs)
@@ -145,14 +145,14 @@ class Guidance:
             if self._calls.starts_run(arguments):
                 self.branches.prepare(next(iter(arguments.values())))
             part = self._calls.part(arguments, self._hook.context.name)
-            if part != "none" and self.evaluations == 1:  # at a level that is shown: unused, it would look the same
+            if part != "none" and self.evaluations == 1:  # a warning, so that it shows by default
                 log.warning("%s is active in %s", self.description, type(self.pipe).__name__)
             if self.extrapolation is None:
                 return self.branches.evaluate(forward, arguments, part)
             return self._extrapolate(forward, arguments, part)
 
     def _extrapolate(self, forward: Forward, arguments: dict[str, Any], part: Part) -> Any:
-        """(w + 1) positive - w negative, both of the whole batch."""
+        """(w + 1) positive - w negative, each computed for the whole batch."""
         size = len(next(iter(arguments.values())))
         both = {
             name: torch.cat((value, value)) if isinstance(value, Tensor) and value.ndim and len(value) == size else value
@@ -165,24 +165,24 @@ class Guidance:
 
 
 class _Context(StateManager):
-    """What the pipeline says that its next call is for, if it says so: the name of its cache context."""
+    """Name of the pipeline's current cache context (such as "cond"), or None if the pipeline sets none."""
 
     def __init__(self):
         super().__init__(BaseState)
         self.name: str | None = None
 
     def set_context(self, context: Any) -> None:
-        self.name = getattr(context, "name", context)  # diffusers before 0.40 gives the name alone
+        self.name = getattr(context, "name", context)  # diffusers before 0.40 passes only the name
 
 
 class _Hook(ModelHook):
-    """Stateful, so that cache contexts reach it."""
+    """Stateful, because only stateful hooks receive cache contexts."""
 
     _is_stateful = True
 
     def __init__(self, guided: Callable[..., Any]):
         super().__init__()
-        self.guided, self.is_inside = guided, False  # of compiled code, which has the branches around it
+        self.guided, self.is_inside = guided, False  # inside compiled code that the branches wrap
         self.context = _Context()
 
     def reset_state(self, module: nn.Module) -> nn.Module:
@@ -200,7 +200,7 @@ class _Hook(ModelHook):
 
 @contextmanager
 def _beneath_accelerate(module: nn.Module) -> Iterator[None]:
-    """Without accelerate's wrapper of `forward`, which would take what lies above it along when it is removed."""
+    """Take off accelerate's wrapper of `forward` for a while: removing it later would also remove whatever wraps it."""
     if not hasattr(module, "_old_forward"):
         yield
         return

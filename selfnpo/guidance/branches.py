@@ -1,4 +1,4 @@
-"""What the two ways of keeping two branches in one denoiser have in common."""
+"""What the two ways of running two branches in one denoiser have in common."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -10,45 +10,45 @@ from torch import Tensor, nn
 from selfnpo.errors import UserError
 
 Part = Literal["none", "first", "second", "all"]
-"""What the negative answers of a batch: nothing, one of its halves, or all of it."""
+"""The part of a batch that the negative computes: nothing, one half, or all of it."""
 Forward = Callable[..., Any]
 
 
 class Branches(ABC):
-    """The weights of a positive and a negative branch beside a denoiser."""
+    """The extra weights that turn a denoiser into a positive and a negative branch."""
 
     @abstractmethod
     def attach(self) -> None:
-        """Change the denoiser's layers where that is needed; it computes as before until `evaluate` is called."""
+        """Change the denoiser's layers if needed. Its output stays the same until `evaluate` is called."""
 
     @abstractmethod
     def detach(self) -> None:
-        """Leave the layers as they were."""
+        """Restore the layers."""
 
     @abstractmethod
     def tensors(self) -> Iterator[Tensor]:
-        """What lies beside the denoiser, to be moved along with it."""
+        """The extra weights, which must move together with the denoiser."""
 
     @abstractmethod
     def prepare(self, sample: Tensor) -> None:
-        """Before a run: follow what has happened to the denoiser since. `sample` lies where the run computes.
+        """Called before each run: adapt to changes of the denoiser. `sample` has the device and dtype of the run.
 
         Raises:
-            UserError: something has happened under which the branches would not be what they should be.
+            UserError: the denoiser has changed in a way that would make the branches wrong.
         """
 
     @abstractmethod
     def evaluate(self, forward: Forward, arguments: dict[str, Any], part: Part) -> Any:
-        """The denoiser's output, its `part` by the negative and the rest by the positive.
+        """The denoiser's output. The negative computes `part`, the positive computes the rest.
 
         Args:
-            forward: of the denoiser.
-            arguments: of `forward`, the sample first.
+            forward: the denoiser's.
+            arguments: arguments of `forward`, the sample first.
         """
 
 
 def base_layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(path, layer) of a denoiser as it was built, without what peft has put around its layers."""
+    """(path, layer) of the denoiser's original layers, without peft's wrappers."""
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     yield path, module
@@ -57,7 +57,7 @@ def base_layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mod
 
 
 def base_weights(denoiser: nn.Module) -> dict[str, Tensor]:
-    """Parameters by their names in the denoiser as it was built, also where accelerate keeps them on the host."""
+    """Parameters by their names in the original denoiser, including those that accelerate has offloaded to the host."""
     found = {}
     for path, layer in base_layers(denoiser):
         hook = offload_hook(layer)
@@ -67,17 +67,17 @@ def base_weights(denoiser: nn.Module) -> dict[str, Tensor]:
 
 
 def offload_hook(layer: nn.Module) -> Any:
-    """accelerate's hook that brings a layer's weights for every call, or None."""
+    """accelerate's hook that loads a layer's offloaded weights for every call, or None."""
     hook = getattr(layer, "_hf_hook", None)
     return next((each for each in getattr(hook, "hooks", (hook,)) if getattr(each, "offload", False)), None)
 
 
 def check_projections(denoiser: nn.Module) -> None:
-    """Raises: UserError where diffusers computes with joined copies of layers, past the layers themselves."""
+    """Raises: UserError if diffusers uses fused copies of layers instead of the layers themselves."""
     for path, layer in denoiser.named_modules():
         processor = type(getattr(layer, "processor", None)).__name__
-        # Attention of old does not tell by its flag that it is no longer fused.
+        # The older Attention class keeps its flag set after unfusing, so its processor decides.
         if processor.startswith("Fused") or (
             getattr(layer, "fused_projections", False) and hasattr(layer, "unfuse_projections")
         ):
-            raise UserError(f"the projections of {path} are fused, past the negative; call pipe.unfuse_qkv_projections()")
+            raise UserError(f"the fused projections of {path} bypass the negative; call pipe.unfuse_qkv_projections()")

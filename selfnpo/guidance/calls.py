@@ -1,4 +1,4 @@
-"""What the negative answers of each call of a denoiser. Pipelines do not say so; it shows in how they call."""
+"""Which part of each denoiser call is the negative's. Pipelines do not say; it is inferred from how they call."""
 
 import inspect
 import logging
@@ -18,32 +18,34 @@ Mode = Literal["auto", "alternate"]
 
 
 class Calls:
-    """The calls of one denoiser, in their order.
+    """The calls of one denoiser, in order.
 
     Args:
-        mode: "alternate" where every second call with the same sample is the unconditional one.
-        extrapolates: whether every call is one of both branches, for a pipeline without guidance.
+        mode: "alternate" if every second call with the same sample is the unconditional one.
+        extrapolates: whether every call evaluates both branches, for a pipeline without guidance of its own.
     """
 
     def __init__(self, denoiser: ModelMixin, mode: Mode, extrapolates: bool):
         self.config, self.mode, self.extrapolates = denoiser.config, mode, extrapolates
         self.signature = inspect.signature(type(denoiser).forward)
-        self.answered = 0  # by the negative
+        self.answered = 0  # calls in which the negative had a part
         self._run: tuple[Any, ...] = ()
         self._part: Part = "none"
         self._last: Tensor | None = None
 
     def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Of a call, by name and in the order of the denoiser's signature: the sample first."""
+        """A call's arguments by name, in the order of the denoiser's signature, so the sample comes first."""
         bound = self.signature.bind(None, *args, **kwargs).arguments
         further = bound.pop("kwargs", {})
         return {name: value for name, value in bound.items() if name != "self"} | further
 
     def starts_run(self, arguments: dict[str, Any]) -> bool:
-        """Whether the pipeline has begun anew: its timesteps are one tensor in all steps (without a pipeline the condition).
+        """Whether this call begins a new run of the pipeline.
+
+        All steps of a run share one timesteps tensor; when no pipeline is running, the condition takes its place.
 
         Raises:
-            UserError: it runs without guidance.
+            UserError: the pipeline runs without guidance.
         """
         sample, running = _sample(arguments), _running_pipeline()
         constant = getattr(getattr(running, "scheduler", None), "timesteps", None)
@@ -54,13 +56,13 @@ class Calls:
         if self._run and self._run[1:] == run and self._run[0]() is constant is not None:
             return False
         self._check_guided(running, guides)
-        # Looks at values, for which the host waits: once a run, not in every step.
+        # Compares values, which makes the host wait: done once per run, not in every step.
         self._part = "first" if self.extrapolates else _doubled(arguments, self.config)
         self._run = (lambda: None) if constant is None else weakref.ref(constant), *run
         return True
 
     def part(self, arguments: dict[str, Any], context: str | None) -> Part:
-        """What the negative answers of this call, of the run that `starts_run` last saw.
+        """The negative's part of this call, which belongs to the run that `starts_run` last saw.
 
         Args:
             context: name of diffusers' cache context, if the pipeline has set one.
@@ -79,15 +81,15 @@ class Calls:
         return part
 
     def _check_guided(self, running: Any, guides: bool | None) -> None:
-        """A run without guidance is refused; a callback may end the guidance of one that is under way."""
+        """Refuse a run without guidance. A callback may still turn guidance off in the middle of a run."""
         scale = getattr(running, "guidance_scale", None)  # some pipelines change it later on
         distilled = running is not None and "true_cfg_scale" in inspect.signature(type(running).__call__).parameters
-        if guides is None and isinstance(scale, (int, float)) and not distilled:  # where it would be an input of the model
+        if guides is None and isinstance(scale, (int, float)) and not distilled:  # there it is an input of the model
             guides = scale > 1
         if guides is False and not self.answered:
-            raise UserError(f"guidance_scale is {scale}: the negative would do nothing; call the pipeline with one above 1")
+            raise UserError(f"guidance_scale is {scale}: the negative would do nothing; pass the pipeline a value above 1")
         if guides is False:
-            log.warning("guidance_scale is %s: the negative does nothing in what follows", scale)
+            log.warning("guidance_scale is %s: the negative has no effect from here on", scale)
 
 
 def _sample(arguments: dict[str, Any]) -> Tensor:
@@ -95,7 +97,7 @@ def _sample(arguments: dict[str, Any]) -> Tensor:
 
 
 def _running_pipeline() -> DiffusionPipeline | ModularPipeline | None:
-    """The pipeline that this call comes from: several may share a denoiser, and each knows of its own guidance only."""
+    """The pipeline that makes this call. Several may share a denoiser, each with guidance settings of its own."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__call__":
@@ -107,7 +109,7 @@ def _running_pipeline() -> DiffusionPipeline | ModularPipeline | None:
 
 
 def _doubled(arguments: dict[str, Any], config: Any) -> Part:
-    """The negative's half of a batch for classifier-free guidance; "none" if it is no such batch."""
+    """The negative's half of a classifier-free guidance batch, or "none" if this is not such a batch."""
     sample, labels, null = _sample(arguments), arguments.get("class_labels"), getattr(config, "num_embeds_ada_norm", None)
     half = len(sample) // 2
     if len(sample) % 2 or not half or not sample[:half].equal(sample[half:]):

@@ -3,8 +3,8 @@
     with guide(pipe, "runs/sd15/negative"):
         image = pipe("a lighthouse in a storm").images[0]
 
-The pipeline guides as ever, uncond + guidance_scale (cond - uncond). What changes is who answers the unconditional part: not
-the denoiser itself but its negative, so that the result is (w + 1) eps_pos - w eps_neg.
+The pipeline guides as usual: uncond + guidance_scale (cond - uncond). Only the unconditional part changes: the negative
+computes it instead of the denoiser itself, so the result is (w + 1) eps_pos - w eps_neg.
 """
 
 import inspect
@@ -26,13 +26,13 @@ from selfnpo.mixing import mixed
 from selfnpo.models.change import Change, read_change
 from selfnpo.models.lora.read import Offset
 
-DENOISERS = ("unet", "transformer")  # their names in pipelines
+DENOISERS = ("unet", "transformer")  # names of the denoiser in pipelines
 REFUSED = {
     "InstructPix2Pix": "guides with three branches (text and image, image, none)",
-    "PAG": "guides with perturbed attention, which is a further part of the batch",
+    "PAG": "guides with perturbed attention, which adds another part to the batch",
     "LEdits": "guides with one branch per edit",
 }
-EXTRAPOLATION = 2.0  # w + 1 of pipelines without guidance, by default
+EXTRAPOLATION = 2.0  # default guidance scale for pipelines without guidance
 
 
 def guide(
@@ -46,34 +46,34 @@ def guide(
     mode: Mode = "auto",
     force: bool = False,
 ) -> Guidance:
-    """Attach a negative model to a pipeline, until the returned context ends or is detached.
+    """Attach a negative model to a pipeline, until the returned context ends or its `detach` is called.
 
-    Whole weights cost what plain guidance costs, in two halves of its batch; a LoRA costs its low-rank products besides.
-    What the denoiser has been given otherwise (a style LoRA, an IP-Adapter) stays in both branches. The negative sits in the
-    denoiser: pipelines that share it, as by `from_pipe`, are guided too.
+    Full weights cost as much as plain guidance: each half of its batch runs with its own weights. A LoRA adds the cost of
+    its low-rank products. Anything else loaded into the denoiser (a style LoRA, an IP-Adapter) acts on both branches. The
+    negative is attached to the denoiser, so pipelines that share it (made by `from_pipe`) are guided too.
 
     Args:
-        pipe: a pipeline with a `unet` or a `transformer`, also a modular one, that guides in one batch or in two calls.
-            Unconditional ones are extrapolated: their output is (w + 1) positive - w negative.
-        negative: theta + delta where the pipeline is theta: a folder, a hub id, a LoRA file, or a denoiser.
-        alpha: share of eta in the negative, in [0, 1]; goes with `positive`.
+        pipe: a pipeline, modular or not, with a `unet` or a `transformer`, that guides in one batch or in two calls. An
+            unconditional pipeline is extrapolated: its output becomes negative + guidance_scale * (positive - negative).
+        negative: theta + delta, where the pipeline is theta: a folder, a hub id, a LoRA file, or a denoiser.
+        alpha: share of eta in the negative, in [0, 1]; needs `positive`.
         beta: share of delta in the negative, in [0, 1].
-        positive: theta + eta, for the positive branch in place of the pipeline's own denoiser; given as the negative is.
-        guidance_scale: of unconditional pipelines, 2 by default; other pipelines take it in their own call.
+        positive: theta + eta, which replaces the pipeline's own denoiser in the positive branch; same forms as `negative`.
+        guidance_scale: for unconditional pipelines, 2 by default; other pipelines take it in their own call.
         mode: "alternate" for pipelines that call the denoiser twice per step, the second time without the prompt, and do not
-            tell by diffusers' cache contexts.
+            use diffusers' cache contexts.
         force: allow alpha and beta outside [0, 1].
 
     Raises:
-        UserError: something does not fit; the pipeline is as it was. While attached: a pipeline that runs without guidance,
-            where the negative would do nothing. When the context ends: the negative was never used.
+        UserError: something does not fit; the pipeline is unchanged. While attached: the pipeline runs without guidance, so
+            the negative would do nothing. When the context ends: the negative was never used.
     """
     kind = type(pipe).__name__
     for name, value in (("alpha", alpha), ("beta", beta)):
         if not (math.isfinite(value) if force else 0 <= value <= 1):
-            raise UserError(f"{name} is {value}; expected a value from 0 to 1 (force=True allows others that are finite)")
+            raise UserError(f"{name} is {value}; expected a value from 0 to 1 (force=True allows any finite value)")
     if alpha != 1 and positive is None:
-        raise UserError(f"alpha is {alpha}, which is a share of the positive's offset; pass positive= or leave alpha out")
+        raise UserError(f"alpha is {alpha}, but it scales the offset of a positive; pass positive= or leave alpha out")
     if mode not in ("auto", "alternate"):
         raise UserError(f"mode is {mode!r}; expected 'auto' or 'alternate'")
     for part, why in REFUSED.items():
@@ -81,7 +81,7 @@ def guide(
             raise UserError(f"{kind} {why}; expected a pipeline with a positive and a negative branch")
     component = next((name for name in DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)), None)
     if component is None:
-        raise UserError(f"{kind} holds no unet and no transformer; expected a pipeline with a denoiser")
+        raise UserError(f"{kind} has neither a unet nor a transformer; expected a pipeline with a denoiser")
     denoiser = unwrap_module(getattr(pipe, component))
     scale = _extrapolation(pipe, denoiser, guidance_scale)
     branches = _branches(pipe, component, denoiser, negative, positive, alpha, beta)
@@ -95,15 +95,15 @@ def guide(
 def _extrapolation(
     pipe: DiffusionPipeline | ModularPipeline, denoiser: ModelMixin, guidance_scale: float | None
 ) -> float | None:
-    """w + 1 where the pipeline has no guidance of its own."""
+    """The guidance scale if the pipeline has no guidance of its own, else None."""
     call, forward = (inspect.signature(each).parameters for each in (type(pipe).__call__, type(denoiser).forward))
     if "guidance_scale" in call or "encoder_hidden_states" in forward:
         if guidance_scale is not None:
-            raise UserError(f"guidance_scale belongs to the call of {type(pipe).__name__}; pass it there")
+            raise UserError(f"{type(pipe).__name__} takes guidance_scale in its own call; pass it there")
         return None
     scale = EXTRAPOLATION if guidance_scale is None else guidance_scale
     if scale <= 1:
-        raise UserError(f"guidance_scale is {scale}: the negative would do nothing; pass one above 1")
+        raise UserError(f"guidance_scale is {scale}: the negative would do nothing; use a value above 1")
     return scale
 
 
@@ -125,7 +125,7 @@ def _branches(
         return LowRank(denoiser, [(delta, beta), (tuned, alpha)], [(tuned, 1.0)])
     for name, weight in theta.items():
         if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
-            raise UserError(f"{name} of the {component} is quantised, which the negative's weights are not; use a LoRA")
+            raise UserError(f"{name} of the {component} is quantised, but the negative's weights are not; use a LoRA")
     if eta is None and beta == 1:
         return WholeWeights(denoiser, delta, None)
     weights, preferred = {}, None if eta is None else {}
@@ -144,8 +144,8 @@ def _is_low_rank(change: Change) -> bool:
 
 
 def _changed(change: Change, name: str, theta: Tensor) -> Tensor:
-    """A weight of theta + offset, where theta is in float32."""
+    """One weight of theta + offset. `theta` is in float32."""
     if not _is_low_rank(change):
-        return change[name].to(theta) if name in change else theta  # an IP-Adapter's weights are in no negative
+        return change[name].to(theta) if name in change else theta  # a negative has no IP-Adapter weights
     offset = change.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
     return theta if offset is None else theta + offset.weight().to(theta)

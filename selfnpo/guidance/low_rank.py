@@ -1,5 +1,5 @@
-"""Branches that differ by low-rank offsets go side by side: one pass over the shared weights, whose layers add the offset of
-the negative to its rows."""
+"""Branches that differ by low-rank offsets run together: one pass over the shared weights, in which each layer adds the
+offset of a branch to the rows of that branch."""
 
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -14,11 +14,11 @@ from selfnpo.guidance.branches import Branches, Forward, Part, base_layers, chec
 from selfnpo.models.lora.read import Offset
 
 Shares = list[tuple[Mapping[str, Offset], float]]
-"""Offsets by the path of their layer, and how much of each."""
+"""(offsets by layer path, share of them)."""
 
 
 class LowRank(Branches):
-    """Offsets of the denoiser's weights for both branches."""
+    """Low-rank offsets to the denoiser's weights, for both branches."""
 
     def __init__(self, denoiser: ModelMixin, negative: Shares, positive: Shares):
         self.denoiser = denoiser
@@ -64,7 +64,7 @@ class LowRank(Branches):
 
 
 def _factors(path: str, changes: Shares) -> tuple[Tensor, Tensor] | None:
-    """(down, up) of the sum of a layer's offsets, `[rank, inputs, ...]` and `[outputs, rank, ...]`, or None without any."""
+    """(down, up) of the sum of a layer's offsets, `[rank, inputs, ...]` and `[outputs, rank, ...]`; None if it has none."""
     found = [(offsets[path], share) for offsets, share in changes if path in offsets and share]
     if not found:
         return None
@@ -73,12 +73,12 @@ def _factors(path: str, changes: Shares) -> tuple[Tensor, Tensor] | None:
 
 
 class _WithOffset:
-    """Comes before a layer's class. A subclass rather than a forward hook: compiled code notices it, and it gets along with
-    accelerate's and diffusers' hooks, which replace `forward`."""
+    """Mixed in before a layer's class. A subclass rather than a forward hook, because compiled code notices it and it works
+    with accelerate's and diffusers' hooks, which replace `forward`."""
 
-    branches: LowRank | None = None  # of layers that peft makes in the image of one that has offsets
+    branches: LowRank | None = None  # None for layers that peft creates from the class of one with offsets
 
-    def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # as `forward` calls it
+    def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # the name that `forward` uses
         output = super().__call__(input, *args, **kwargs)
         if self.branches is None:
             return output
@@ -104,5 +104,5 @@ class _WithOffset:
 
 @cache
 def _class_with_offset(kind: type[nn.Module]) -> type[nn.Module]:
-    """A class of the same name: the same one every time, which compiled code knows again."""
+    """A class of the same name, cached so that compiled code recognises it."""
     return type(kind.__name__, (_WithOffset, kind), {})

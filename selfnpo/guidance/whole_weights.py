@@ -1,7 +1,7 @@
-"""Branches that differ in all weights take turns: the denoiser itself runs, with other parameters in its layers.
+"""Branches that differ in all weights take turns: the denoiser itself runs, with the branch's parameters in its layers.
 
-Whatever else a user has put into it (LoRAs, IP-Adapters, attention processors, offloading, compiled blocks) so acts on both
-branches, and one compiled graph serves both. Two halves of a batch cost what the whole costs.
+So whatever else a user has added to it (LoRAs, IP-Adapters, attention processors, offloading, compiled blocks) acts on both
+branches, and one compiled graph serves both. Two half batches cost the same as one full batch.
 """
 
 from collections import ChainMap
@@ -17,31 +17,31 @@ from torch import Tensor, nn
 from selfnpo.errors import UserError
 from selfnpo.guidance.branches import Branches, Forward, Part, base_layers, check_projections, offload_hook
 
-# The same for every sample, whatever their first size.
+# Shared by all samples, whatever the size of their first dimension.
 NOT_BATCHED = {"image_rotary_emb", "ofs", "ip_adapter_masks"}
 # These may have several rows per sample, one per frame.
 CONDITIONS = {"encoder_hidden_states", "image_embeds"}
 
 
 class Place(NamedTuple):
-    """Where a weight goes."""
+    """Where a weight belongs."""
 
     layer: nn.Module
     name: str  # in the layer
     key: str  # in the denoiser
-    hook: Any  # accelerate's, if that brings the layer's weights for every call
+    hook: Any  # accelerate's, if it loads the layer's offloaded weights for every call
 
 
 class WholeWeights(Branches):
-    """Two sets of weights. The denoiser's own are the positive's unless that has others.
+    """Two sets of weights. The positive branch uses the denoiser's own unless `positive` is given.
 
     Args:
-        negative, positive: weights by their names in the denoiser. They are given its device and type.
+        negative, positive: weights by their names in the denoiser. They are moved to its device and dtype.
     """
 
     def __init__(self, denoiser: ModelMixin, negative: Mapping[str, Tensor], positive: Mapping[str, Tensor] | None):
         self.denoiser = denoiser
-        # Parameters of our own, so that a given model stays as it is.
+        # New parameters, so that a model passed in stays unchanged.
         self.negative, self.positive = (
             {name: nn.Parameter(weight.detach(), requires_grad=False) for name, weight in (weights or {}).items()}
             for weights in (negative, positive)
@@ -49,10 +49,10 @@ class WholeWeights(Branches):
         self.places: list[Place] = []
 
     def attach(self) -> None:
-        """Layers stay as they are."""
+        """Nothing to do: layers are changed only while `evaluate` runs."""
 
     def detach(self) -> None:
-        """Layers are as they were."""
+        """Nothing to do."""
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self.negative.values()
@@ -60,7 +60,7 @@ class WholeWeights(Branches):
 
     def prepare(self, sample: Tensor) -> None:
         if getattr(self.denoiser, "is_cache_enabled", False):
-            raise UserError("the denoiser caches what it computed for the other branch; call its disable_cache()")
+            raise UserError("the denoiser's cache would mix up the two branches; call disable_cache() on the denoiser")
         check_projections(self.denoiser)
         self.places.clear()
         for path, layer in base_layers(self.denoiser):
@@ -75,12 +75,12 @@ class WholeWeights(Branches):
                         _match(weights[key], own, torch.device("cpu") if hook else sample.device)
         if len(self.places) < len(self.negative):
             missing = self.negative.keys() - {place.key for place in self.places}
-            raise UserError(f"the denoiser has lost {min(missing)} since guide() was called; detach and call it again")
+            raise UserError(f"the denoiser has lost {min(missing)} since guide() was called; detach and guide again")
         for path, layer in self.denoiser.named_modules():
             if isinstance(layer, BaseTunerLayer) and layer.merged:
                 raise UserError(
-                    f"a LoRA is fused into {path}, of which the negative's weights know nothing; call pipe.unfuse_lora(), "
-                    "so that both branches have it"
+                    f"a LoRA is fused into {path}, but not into the negative's weights; call pipe.unfuse_lora() so that "
+                    "both branches use it"
                 )
 
     def evaluate(self, forward: Forward, arguments: dict[str, Any], part: Part) -> Any:
@@ -97,7 +97,7 @@ class WholeWeights(Branches):
 
     @contextmanager
     def _in_place(self, weights: dict[str, nn.Parameter]) -> Iterator[None]:
-        """These weights in the denoiser's layers; with no weights its own stay."""
+        """Put `weights` into the denoiser's layers for a while; without any, the denoiser's own stay."""
         if not weights:
             yield
             return
@@ -118,7 +118,7 @@ class WholeWeights(Branches):
 
 
 def _match(weight: nn.Parameter, own: Tensor, device: torch.device) -> None:
-    """As `own` in all that compiled code looks at, so that it takes either."""
+    """Give `weight` every property of `own` that compiled code checks, so that it accepts both."""
     data = weight.data.to(device, own.dtype)
     if data.stride() != own.stride():
         data = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device=device).copy_(data)
@@ -127,10 +127,10 @@ def _match(weight: nn.Parameter, own: Tensor, device: torch.device) -> None:
 
 
 def _half(name: str, value: Any, half: int, size: int) -> Any:
-    """The first or second half of an argument, in new containers, for a denoiser may take its lists apart.
+    """The first or second half of an argument. Containers are copied, because a denoiser may modify its lists.
 
     Args:
-        size: of the whole batch.
+        size: samples in the whole batch.
     """
     if isinstance(value, Tensor):
         rows = len(value) if value.ndim else 0

@@ -1,1 +1,1 @@
-"""What a run reads beside the model: prompts, image folders, the demo's digits."""
+"""What a run reads besides the model: prompts, image folders, the demo's digits."""

@@ -1,4 +1,4 @@
-"""What a run trains on: the base, prompts, and for rollouts that start from data, an image folder through the VAE."""
+"""What a run trains on: the base, prompts, and encoded images if rollouts start from data."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,25 +6,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from selfnpo.config import TrainConfig, dtype_of
+from selfnpo.config import TrainConfig
+from selfnpo.device import dtype_of
 from selfnpo.errors import UserError
-from selfnpo.inputs.images import encode_images, read_folder
+from selfnpo.inputs.folder import read_folder
+from selfnpo.inputs.images import encode_images
 from selfnpo.inputs.prompts import read_prompts
 from selfnpo.models import PretrainedModel, Source, load_pretrained
 
 
 @dataclass(frozen=True)
 class TrainData:
-    prompts: list[str]  # each once
-    files: list[Path]  # images; empty where rollouts start from noise
-    captions: list[str]  # of the images
+    prompts: list[str]  # without duplicates
+    files: list[Path]  # images; empty if rollouts start from noise
+    captions: list[str]  # one per image
 
 
 def read_data(config: TrainConfig, source: Source) -> TrainData:
-    """The prompts and the names of the images that the settings ask for.
+    """The prompts and image files that the settings ask for.
 
     Raises:
-        UserError: they cannot be read, or do not go with the model.
+        UserError: they cannot be read, or do not fit the model.
     """
     if config.train_data_dir is None:
         if config.rollout == "data" and not source.is_demo:
@@ -35,24 +37,24 @@ def read_data(config: TrainConfig, source: Source) -> TrainData:
         prompts = read_prompts(config.prompts, config.prompt_dataset, config.local_files_only)
         return TrainData(_needed(prompts, config), [], [])
     if config.prompts != "none" or config.prompt_dataset is not None:
-        raise UserError("prompts are given, but rollouts from images take the images' captions; leave one of the two out")
+        raise UserError("prompts are given, but rollouts from images use the images' captions; leave out one of the two")
     files, captions = read_folder(config.train_data_dir)
     return TrainData([*dict.fromkeys(captions)] if source.family.takes_prompts else [""], files, captions)
 
 
 def _needed(prompts: list[str], config: TrainConfig) -> list[str]:
-    """Of more prompts than the run starts trajectories, evenly spaced ones: encoding the others would be waste."""
+    """The prompts to encode. If there are more than the run starts trajectories, evenly spaced ones are picked."""
     started = config.max_train_steps * config.total_batch_size
-    if config.rollout == "pool":  # where a trajectory lasts N steps, and every place has one from the start
+    if config.rollout == "pool":  # a trajectory lasts N steps, and every slot of the pool starts with one
         started = config.pool_size * config.total_batch_size + -(-started // config.num_inference_steps)
     if len(prompts) <= started:
         return prompts
-    print(f"note: {started:,} of the {len(prompts):,} prompts are used, for the run starts as many trajectories")
+    print(f"note: only {started:,} of the {len(prompts):,} prompts are used: the run starts no more trajectories")
     return [prompts[index * len(prompts) // started] for index in range(started)]
 
 
 def load_base(config: TrainConfig, data: TrainData) -> PretrainedModel:
-    """The base where training wants it: a LoRA shares its weights, full training keeps them on the host beside a GPU."""
+    """The base, placed for training: on the device if a LoRA shares its weights, on the host for full training."""
     lora, dtype = config.rank > 0, dtype_of(config.mixed_precision)
     return load_pretrained(
         config,
@@ -67,14 +69,14 @@ def load_base(config: TrainConfig, data: TrainData) -> PretrainedModel:
 
 
 def encode_data(data: TrainData, base: PretrainedModel) -> tuple[Tensor, Tensor]:
-    """The images as samples `[n, ...]`, and their conditions `[n]`, both on the CPU."""
+    """The images encoded as samples `[n, ...]`, and their conditions `[n]`, both on the CPU."""
     height, width = base.family.pixels(base.sample_shape, base.source.scale)
     vae = base.source.vae()
     images = encode_images(vae, data.files, height, width, base.device, channels=3 if vae else base.sample_shape[0])
     if images.shape[1:] != base.sample_shape:
         raise UserError(
-            f"an image gives samples of {tuple(images.shape[1:])}, the model takes {base.sample_shape}; for a video model "
-            "pass --num_frames 1, or --rollout pool"
+            f"images give samples of shape {tuple(images.shape[1:])}, but the model takes {base.sample_shape}; for a video "
+            "model pass --num_frames 1, or --rollout pool"
         )
     if not base.family.takes_prompts:
         return images, torch.full((len(images),), base.null_condition)

@@ -1,19 +1,18 @@
 """Real handwritten digits: scikit-learn's 1,797 images of 8x8 pixels, in two stratified halves.
 
-One half trains the diffusion model, the other is held out: it trains the judges and is the reference set. Settings were
-chosen on the "development" split (train on half B, judge on half A); every reported figure comes from the "final" split
-(train on half A, judge on half B), whose judges no choice has ever seen.
+One half trains the diffusion model. The other is held out: it trains the judges and is the reference set. Settings were
+chosen on the "development" split (train on half B, judge on half A). Every reported figure comes from the "final" split
+(train on half A, judge on half B), whose judges were never used to choose a setting.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-Split = Literal["final", "development"]
+from selfnpo.options import Split
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
-"""An image folder as training samples: the only data there are, and only for rollouts that start from data."""
+"""Images as training samples: read, scaled, cropped, encoded."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,74 +8,28 @@ import torch
 from diffusers import ModelMixin
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from selfnpo.errors import UserError
-from selfnpo.inputs.prompts import KEYS
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-def read_folder(folder: Path) -> tuple[list[Path], list[str]]:
-    """The images of a folder and of those within, sorted, with a caption each.
-
-    Captions come from the folder's metadata.jsonl, as Hugging Face has it, else from a .txt file of the image's name, as
-    kohya has it, else they are "".
-
-    Raises:
-        UserError: the folder is absent or holds no image, or its metadata.jsonl is damaged.
-    """
-    if not folder.is_dir():
-        raise UserError(f"train_data_dir {folder} is no folder; expected one with images")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not files:
-        raise UserError(f"train_data_dir {folder} holds no images; expected files that end in {', '.join(SUFFIXES)}")
-    listed = _metadata(folder / "metadata.jsonl")
-    return files, [_caption(path, listed.get(path.relative_to(folder).as_posix())) for path in files]
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    found: dict[str, str] = {}
-    if path.is_file():
-        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                found[row["file_name"]] = next(row[key] for key in KEYS if isinstance(row.get(key), str))
-            except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-                raise UserError(f'line {number} of {path} is damaged; expected {{"file_name": ..., "text": ...}}') from error
-    return found
-
-
-def _caption(path: Path, listed: str | None) -> str:
-    if listed is not None:
-        return listed.strip()
-    try:
-        return path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
-    except FileNotFoundError:
-        return ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"caption {path.with_suffix('.txt')} could not be read; expected a file of UTF-8 text") from error
+from selfnpo.output import progress
 
 
 def load_image(path: Path, height: int, width: int, channels: int = 3) -> Tensor:
-    """`[channels, H, W]` in [-1, 1]: upright, white where transparent, scaled to cover the size, cropped in the centre.
+    """`[channels, H, W]` in [-1, 1]: upright, on white if transparent, scaled to cover the size, centre-cropped.
 
-    One channel is the mean of the three colours.
+    With one channel it is the mean of the three colours.
 
     Raises:
-        UserError: the file is no image, or channels is neither 1 nor 3.
+        UserError: the file is not an image, or channels is neither 1 nor 3.
     """
     if channels not in (1, 3):
-        raise UserError(f"the model takes {channels} channels, images give 1 or 3; pass --rollout pool, which needs none")
+        raise UserError(f"the model takes {channels} channels, but images have 1 or 3; use --rollout pool, which needs none")
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
+            if image.mode.startswith("I"):  # 16-bit, which Pillow would clip to 8 bits
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             image = image.convert("RGBA")
-    except Exception as error:  # Pillow raises many kinds, SyntaxError and struct.error among them
+    except Exception as error:  # Pillow raises many types, even SyntaxError and struct.error
         raise UserError(f"{path} could not be read as an image; remove it or restore it from an intact copy") from error
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
@@ -88,26 +41,26 @@ def load_image(path: Path, height: int, width: int, channels: int = 3) -> Tensor
 def encode_images(
     vae: ModelMixin | None, files: Sequence[Path], height: int, width: int, device: torch.device, channels: int = 3
 ) -> Tensor:
-    """Samples `[n, ...]` in float32 on the CPU: the VAE's modes in the scale of its pipelines, or without a VAE the images.
+    """Samples `[n, ...]` in float32 on the CPU: latents (the VAE's mode, scaled as in pipelines), or images without a VAE.
 
     Args:
-        vae: in float32; one for images gives `[n, C, h, w]`, one for videos `[n, 1, C, h, w]`.
-        channels: of the images, 3 for a VAE.
+        vae: in float32; an image VAE gives `[n, C, h, w]`, a video VAE `[n, 1, C, h, w]`.
+        channels: channels of the images, 3 for a VAE.
 
     Raises:
-        UserError: a file is no image, or channels is neither 1 nor 3.
+        UserError: a file is not an image, or channels is neither 1 nor 3.
     """
     if vae is not None:
         vae.to(device)
     found = []
-    for path in tqdm(files, desc="encode images", unit="image", disable=None):
+    for path in progress(files, desc="encode images", unit="image"):
         image = load_image(path, height, width, channels)[None]
         found.append(image if vae is None else _encode(vae, image.to(device)).cpu())
     return torch.cat(found)
 
 
 def _encode(vae: ModelMixin, image: Tensor) -> Tensor:
-    """What the pipeline's `decode_latents` undoes; CogVideoX's invert_scale_latents is about the images it conditions on."""
+    """Inverts the pipeline's `decode_latents`. CogVideoX's invert_scale_latents applies only to conditioning images."""
     is_video = hasattr(vae.config, "temporal_compression_ratio")
     latent = vae.encode(image.unsqueeze(2) if is_video else image).latent_dist.mode()
     latent = (latent - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from selfnpo.models.denoiser import check_same_architecture, empty_denoiser, load_replacement
 from selfnpo.models.lora.read import Offset, is_lora, read_offsets
-from selfnpo.models.origin import ModelOptions
+from selfnpo.options import ModelOptions
 
 Change = Mapping[str, Tensor] | Mapping[str, Offset]
 """Weights by their names, or offsets by the paths of their layers."""

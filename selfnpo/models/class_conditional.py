@@ -7,7 +7,8 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from selfnpo.errors import UserError
-from selfnpo.models.family import Config, Family, SampleOptions
+from selfnpo.models.family import Config, Family
+from selfnpo.options import SampleOptions
 
 
 class ClassConditional(Family):

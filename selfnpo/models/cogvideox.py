@@ -9,7 +9,8 @@ from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
 from torch import Tensor, nn
 
 from selfnpo.errors import UserError
-from selfnpo.models.family import Config, Family, SampleOptions, multiple
+from selfnpo.models.family import Config, Family, multiple
+from selfnpo.options import SampleOptions
 
 FRAMES_PER_LATENT = 4  # the VAE's temporal compression
 
@@ -19,11 +20,13 @@ class CogVideoX(Family):
     denoiser_class = CogVideoXTransformer3DModel
     pipeline_name = "CogVideoXPipeline"
     component = "transformer"
+    sample_options = (*Family.sample_options, "num_frames")
     text_components = ("tokenizer", "text_encoder")
     guidance_scale = 6.0
     repeated_blocks = ("CogVideoXBlock",)
     has_xformers = False  # the processor that diffusers would put in knows no joint attention with the prompt
     architecture = "cogvideox"
+    pipeline_tag = "text-to-video"
     presets: ClassVar = {
         "default": {
             "max_train_steps": 1000,

@@ -2,5 +2,4 @@
 
 from pathlib import Path
 
-DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "weights"

@@ -13,7 +13,8 @@ from torch import nn
 
 from selfnpo.errors import UserError, first_line
 from selfnpo.models.family import Config
-from selfnpo.models.origin import SINGLE_FILE, ModelOptions, find, refuse_unsafe, weight_variants, why_not_loaded
+from selfnpo.models.origin import SINGLE_FILE, find, refuse_unsafe, weight_variants, why_not_loaded
+from selfnpo.options import ModelOptions
 
 
 def empty_denoiser(kind: type[ModelMixin], config: Config) -> ModelMixin:

@@ -6,7 +6,7 @@ its conditions are and where a LoRA goes; nothing else in the project knows a fa
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import diffusers
@@ -15,32 +15,9 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from selfnpo.errors import UserError
+from selfnpo.options import SampleOptions
 
 Config = dict[str, Any]  # config.json of a denoiser
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """The size of what is sampled, and SDXL's micro-conditioning; None is what the model was trained for."""
-
-    resolution: int | None = None
-    """Height and width in pixels; by default what the model was trained for."""
-    height: int | None = None
-    """Height in pixels, if it is not the resolution."""
-    width: int | None = None
-    """Width in pixels, if it is not the resolution."""
-    num_frames: int | None = None
-    """Frames of a video."""
-    original_size: tuple[int, int] | None = None
-    """SDXL: height and width that the model is told its training image had; by default those sampled."""
-    crops_coords_top_left: tuple[int, int] = (0, 0)
-    """SDXL: where the model is told its training image was cropped."""
-    target_size: tuple[int, int] | None = None
-    """SDXL: height and width that the model is told to aim for; by default those sampled."""
-
-    def size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width in pixels, with those of the model's training as defaults."""
-        return self.height or self.resolution or height, self.width or self.resolution or width
 
 
 class Family(ABC):
@@ -51,8 +28,12 @@ class Family(ABC):
     former_class_names: ClassVar[tuple[str, ...]] = ()  # of the denoiser, in configurations that were published long ago
     pipeline_name: ClassVar[str]  # of a class of diffusers; imported when it is needed, for it brings transformers along
     component: ClassVar[str]  # the denoiser's name in the pipeline
+    sample_options: ClassVar[tuple[str, ...]] = ("resolution", "height", "width")  # which of SampleOptions it reads
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     text_components: ClassVar[tuple[str, ...]] = ()  # of the pipeline, to encode prompts with; empty where none are taken
+    null_is_empty_prompt: ClassVar[bool] = (
+        True  # where prompts are taken, whether the null condition is always the prompt ""
+    )
     repeated_blocks: ClassVar[tuple[str, ...]] = ("ResnetBlock2D", "BasicTransformerBlock")  # classes, to compile by
     has_xformers: ClassVar[bool] = True  # whether its attention has an xformers form in diffusers
     guidance_scale: ClassVar[float] = 7.5  # of pictures
@@ -60,6 +41,7 @@ class Family(ABC):
         ""  # `ss_base_model_version` of kohya's LoRA files; empty: ComfyUI knows no such LoRA
     )
     architecture: ClassVar[str]  # of https://github.com/Stability-AI/ModelSpec
+    pipeline_tag: ClassVar[str] = ""  # of https://huggingface.co/tasks; empty where none is right
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # what a preset changes for this family
 
     def matches(self, config: Config) -> bool:
@@ -73,6 +55,18 @@ class Family(ABC):
                 f"the denoiser takes {config['in_channels']} channels and returns {config['out_channels']}: it is a variant "
                 "for inpainting, editing or image-to-video; train on the text-to-image or text-to-video model it came from"
             )
+
+    def check_sample_options(self, options: SampleOptions) -> None:
+        """Raise a UserError for an option that models of this family do not have."""
+        for field in fields(SampleOptions):
+            value = getattr(options, field.name)
+            if value != field.default and field.name not in self.sample_options:
+                raise UserError(
+                    f"{field.name} is {value}, which {self.name} models do not have; leave it out (expected one of "
+                    f"{', '.join(self.sample_options)})"
+                )
+        if options.resolution and options.height and options.width:
+            raise UserError(f"resolution is {options.resolution}, but height and width are given too; leave resolution out")
 
     @abstractmethod
     def sample_shape(self, config: Config, scale: int, options: SampleOptions) -> tuple[int, ...]:

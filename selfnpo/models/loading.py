@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
-from tqdm import tqdm
 
 from selfnpo.device import default_device
 from selfnpo.errors import UserError
-from selfnpo.models.family import SampleOptions
 from selfnpo.models.lora.read import is_lora, merge_lora, read_lora
-from selfnpo.models.origin import ModelOptions, refuse_unsafe
+from selfnpo.models.origin import refuse_unsafe
 from selfnpo.models.pretrained import Conditions, PretrainedModel
 from selfnpo.models.source import Source
+from selfnpo.options import ModelOptions, SampleOptions
+from selfnpo.output import progress
 
 ENCODE_BATCH = 16
 SHARE_OF_DEVICE = 0.1  # of its free memory, which encoded prompts may take; beyond, they are streamed from the host
@@ -111,7 +111,7 @@ def _conditions(
     else:
         if tuple(prompts) != ("",):
             raise UserError(
-                f"prompts were given, but {source.layout} is a {family.name} model, which takes none; leave them out"
+                f"prompts were given, but {source.name} is a {family.name} model, which takes none; leave them out"
             )
         classes = family.classes(source.config)
         count = len(next(iter(classes.values()))) - 1 if classes else 1
@@ -153,7 +153,7 @@ def _encode(
                 print(f"warning: {cut} of {total} prompts are longer than the {limit} tokens of {name}; cut")
     pipeline.to(device)
     found: list[dict[str, Tensor]] = []
-    with tqdm(total=len(prompts) + 1 + len(further), desc="encode prompts", unit="prompt", disable=None) as progress:
+    with progress(total=len(prompts) + 1 + len(further), desc="encode prompts", unit="prompt") as bar:
         for group, is_null in ((prompts, False), ([""], True), (further, False)):
             for start in range(0, len(group), ENCODE_BATCH):
                 batch = group[start : start + ENCODE_BATCH]
@@ -161,12 +161,12 @@ def _encode(
                     family.encode_null(pipeline, source.config) if is_null else family.encode(pipeline, source.config, batch)
                 )
                 found.append({name: tensor.to("cpu", dtype) for name, tensor in rows.items()})
-                progress.update(len(batch))
+                bar.update(len(batch))
     rows = {name: torch.cat([rows[name] for rows in found]) for name in found[0]}
     for name, shape in family.condition_shapes(source.config).items():
         if rows[name].shape[1:] != shape:
             got = list(rows[name].shape[1:])
-            raise UserError(f"the text encoder of {source.layout} gives {name} of {got}, the denoiser takes {list(shape)}")
+            raise UserError(f"the text encoder of {source.name} gives {name} of {got}, the denoiser takes {list(shape)}")
     return rows
 
 

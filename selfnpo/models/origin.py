@@ -1,45 +1,17 @@
 """Which model is meant, and its small files: in a folder here or on the hub. What could run code is refused by name."""
 
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
 
-from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from tyro.conf import arg
 
 from selfnpo.errors import UserError, first_line
-from selfnpo.models.demo import DEMO
+from selfnpo.options import ModelOptions
 
 SINGLE_FILE = ".safetensors"
 UNSAFE = (".ckpt", ".pt", ".pth", ".bin")
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which model."""
-
-    pretrained_model_name_or_path: Annotated[str, arg(aliases=("--model", "--pretrained_teacher_model"))] = DEMO
-    """The base: demo, a diffusers folder, a Hugging Face id, or a single .safetensors file."""
-    revision: Annotated[str | None, arg(aliases=("--teacher_revision",))] = None
-    """Branch, tag or commit of a Hugging Face id."""
-    variant: str | None = None
-    """Weights with this word in their file names, such as fp16."""
-    local_files_only: bool = False
-    """Use what is on disk and in the cache; never ask the hub."""
-    single_file_config: str | None = None
-    """For a single file: a diffusers folder or id with its configuration; by default the one that diffusers recognises."""
-    denoiser_name_or_path: str | None = None
-    """UNet or transformer in place of the base's own: a folder, an id or a file, as of Diffusion-DPO and SePPO."""
-    lora_name_or_path: Annotated[str | None, arg(aliases=("--base_weights",))] = None
-    """LoRA to merge into the base: a folder, an id or a file."""
-    lora_scale: Annotated[float, arg(aliases=("--base_weights_multiplier",))] = 1.0
-    """Strength of that LoRA."""
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
-    """What the denoiser predicts, where the base's scheduler says it wrongly."""
 
 
 def find(origin: str, filename: str, options: ModelOptions) -> Path | None:
@@ -64,6 +36,16 @@ def find(origin: str, filename: str, options: ModelOptions) -> Path | None:
         raise unreachable(origin, error) from error
 
 
+def check_exists(name: str, options: ModelOptions) -> None:
+    """Raise a UserError for a model that is neither here nor on the hub."""
+    refuse_unsafe(name)
+    if name.endswith(SINGLE_FILE):
+        if not Path(name).is_file():
+            raise UserError(f"{name} does not exist; expected a {SINGLE_FILE} file, a folder or a Hugging Face id")
+    elif not Path(name).is_file():
+        find(name, "config.json", options)
+
+
 def offline(options: ModelOptions) -> bool:
     return options.local_files_only or constants.HF_HUB_OFFLINE
 
@@ -85,6 +67,8 @@ def recognise(file: Path) -> str:
     """The hub id whose configuration diffusers gives to a single file, from the names of its tensors."""
     if not file.is_file():
         raise UserError(f"{file} does not exist; expected a single {SINGLE_FILE} file")
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+
     try:
         return fetch_diffusers_config(load_single_file_checkpoint(str(file)))["pretrained_model_name_or_path"]
     except Exception as error:  # diffusers raises many kinds

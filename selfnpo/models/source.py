@@ -3,37 +3,20 @@
 No code comes with a model: weights are safetensors, classes are diffusers' own.
 """
 
+from __future__ import annotations
+
 import inspect
 import json
+import sys
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import diffusers
-import torch
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
-from packaging.version import Version
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from selfnpo.errors import UserError, first_line
-from selfnpo.models.class_conditional import ClassConditional
-from selfnpo.models.cogvideox import CogVideoX
-from selfnpo.models.demo import DEMO, DEMO_FOLDER
-from selfnpo.models.denoiser import (
-    check_complete,
-    check_replacement,
-    check_single_file,
-    empty_denoiser,
-    load_denoiser,
-    load_replacement,
-    reason,
-    shapes_of,
-)
-from selfnpo.models.family import Config, Family
-from selfnpo.models.lora.read import merge_lora
+from selfnpo.models.demo import DEMO_FOLDER
 from selfnpo.models.origin import (
     SINGLE_FILE,
-    ModelOptions,
     find,
     offline,
     recognise,
@@ -41,19 +24,20 @@ from selfnpo.models.origin import (
     weight_variants,
     why_not_loaded,
 )
-from selfnpo.models.stable_diffusion import StableDiffusion, StableDiffusion2
-from selfnpo.models.stable_diffusion_xl import StableDiffusionXL
-from selfnpo.models.unconditional import Unconditional
+from selfnpo.options import DEMO, ModelOptions, SampleOptions
 
-FAMILIES: tuple[Family, ...] = (
-    StableDiffusion(),
-    StableDiffusion2(),
-    StableDiffusionXL(),
-    CogVideoX(),
-    Unconditional(),
-    ClassConditional(),
-)
-DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+
+    from selfnpo.models.family import Config, Family
+
+# The classes of the denoisers that a family here knows, so that others are refused before diffusers is imported.
+DENOISERS = (
+    "CogVideoXTransformer3DModel", "DiTTransformer2DModel", "Transformer2DModel", "UNet2DConditionModel", "UNet2DModel",
+)  # fmt: skip
+ONLY_OWN = ("revision", "variant", "single_file_config", "lora_name_or_path")  # options that the demo has no use for
+NOT_THE_DEMO = "the model is the embedded demo; name yours in --pretrained_model_name_or_path, or leave it out"
 
 
 class Source:
@@ -79,13 +63,41 @@ class Source:
             if self.file is None or options.single_file_config is not None:
                 raise
             raise UserError(
-                f"{self.file} needs the configuration of {self.layout}, which could not be read; name a diffusers folder "
+                f"{self.file} needs the configuration of {self.name}, which could not be read; name a diffusers folder "
                 f"that has the like in --single_file_config ({error})"
             ) from error
         self.family = self._find_family()
         self.family.check(self.config)
+        self._check_options()
         if self.file is not None:
+            from selfnpo.models.denoiser import check_single_file
+
             check_single_file(self.family.denoiser_class, self.file)
+
+    def _check_options(self) -> None:
+        """Refuse options that would change nothing of this model, or that the demo has no use for."""
+        options = self.options
+        sizes = isinstance(options, SampleOptions)
+        if self.is_demo:
+            for name in (*ONLY_OWN, *(field.name for field in fields(SampleOptions) if sizes)):
+                if (value := getattr(options, name)) != getattr(type(options), name):
+                    raise UserError(f"{name} is {value}, but {NOT_THE_DEMO}")
+        for name, acts, why in (
+            ("revision", not Path(self.layout).is_dir(), f"{self.name} is not on the hub"),
+            ("variant", self.file is None or options.denoiser_name_or_path, f"{self.file} is a single file"),
+            ("single_file_config", self.file, f"{self.name} is no single file"),
+            ("lora_scale", options.lora_name_or_path, "no LoRA is merged into the base (--lora_name_or_path)"),
+        ):
+            value = getattr(options, name)
+            if not acts and value != getattr(ModelOptions, name):
+                raise UserError(f"{name} is {value}, but {why}; leave it out")
+        if sizes:
+            self.family.check_sample_options(options)
+
+    @property
+    def name(self) -> str:
+        """What messages call it; of a single file, where its configuration is."""
+        return "the embedded demo" if self.is_demo else self.layout
 
     def _find_denoiser(self) -> tuple[str, str, Config]:
         """Name in the pipeline, folder and configuration of the denoiser."""
@@ -100,12 +112,16 @@ class Source:
                 if component in index:
                     return component, "", config
         raise UserError(
-            f"{self.layout} holds no unet/config.json and no transformer/config.json; expected a diffusers pipeline"
+            f"{self.name} holds no unet/config.json and no transformer/config.json; expected a diffusers pipeline"
             + (" (a UNet alone goes into --denoiser_name_or_path)" if config else "")
         )
 
     def _find_family(self) -> Family:
         class_name = self.config.get("_class_name")
+        if class_name not in DENOISERS:
+            raise self._of_no_family(class_name)
+        from selfnpo.models.families import FAMILIES
+
         for family in FAMILIES:
             names = (family.denoiser_class.__name__, *family.former_class_names)
             if class_name in names and family.matches(self.config):
@@ -115,8 +131,15 @@ class Source:
                     name: each.default for name, each in parameters if each.default is not each.empty
                 } | self.config
                 return family
-        known = ", ".join(sorted({family.denoiser_class.__name__ for family in FAMILIES}))
-        raise UserError(f"{self.layout} is built on {class_name}, which is of no family known here; expected one of {known}")
+        raise self._of_no_family(class_name)
+
+    def _of_no_family(self, class_name: str) -> UserError:
+        known = ", ".join(name for name in DENOISERS if name != "Transformer2DModel")  # DiTTransformer2DModel's old name
+        return UserError(
+            f"{self.name} is built on {class_name}, which is of no family that can be trained here; expected {known}. "
+            "selfnpo.guide() takes more pipelines, with a negative from elsewhere: any fine-tune of the same architecture, "
+            "such as an earlier or a merged checkpoint"
+        )
 
     def _json(self, filename: str) -> dict[str, Any] | None:
         """A JSON file of the layout, or None where it has no such file."""
@@ -124,25 +147,27 @@ class Source:
         try:
             return None if path is None else json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"{filename} of {self.layout} could not be read: {first_line(error)}") from error
+            raise UserError(f"{filename} of {self.name} could not be read: {first_line(error)}") from error
 
     @cached_property
     def scheduler(self) -> SchedulerMixin:
         """The pipeline's own scheduler, which defines the noise levels."""
+        import diffusers
+
         for folder in ("scheduler", ""):
             config = self._json(f"{folder}/scheduler_config.json".lstrip("/"))
             if config is None:
                 continue
             scheduler_class = getattr(diffusers, str(config.get("_class_name")), None)
-            if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
+            if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
                 raise UserError(
-                    f"the scheduler of {self.layout} is {config.get('_class_name')}, which diffusers does not know"
+                    f"the scheduler of {self.name} is {config.get('_class_name')}, which diffusers does not know"
                 )
             if self.options.prediction_type is not None:
                 config["prediction_type"] = self.options.prediction_type
             return scheduler_class.from_config(config)
         raise UserError(
-            f"{self.layout} has no scheduler/scheduler_config.json; expected 'demo' or a complete diffusers pipeline"
+            f"{self.name} has no scheduler/scheduler_config.json; expected 'demo' or a complete diffusers pipeline"
         )
 
     @cached_property
@@ -150,7 +175,7 @@ class Source:
         """Pixels per latent in each direction; 1 for models in pixel space."""
         config = self._json("vae/config.json")
         if config is None and self._json("vqvae/config.json") is not None:
-            raise UserError(f"{self.layout} has a vqvae, which is not supported; expected a model on pixels or with a vae")
+            raise UserError(f"{self.name} has a vqvae, which is not supported; expected a model on pixels or with a vae")
         return 1 if config is None else 2 ** (len(config["block_out_channels"]) - 1)
 
     @property
@@ -162,16 +187,20 @@ class Source:
         is_here = self.file is None and (Path(self.layout).is_dir() or offline(self.options))
         if is_here and self.has_vae and not weight_variants(self.layout, "vae", self.options):
             why = why_not_loaded(self.layout, "vae", self.options, "DiffusionPipeline")
-            raise UserError(why or f"{self.layout} holds no weights of its vae; expected a complete pipeline")
+            raise UserError(why or f"{self.name} holds no weights of its vae; expected a complete pipeline")
 
     def vae(self) -> ModelMixin | None:
         """The autoencoder in float32, or None for models in pixel space."""
         if not self.has_vae:
             return None
+        import torch
+
         return self.pipeline(("vae",), torch.float32).vae.eval().requires_grad_(False)
 
     def empty_denoiser(self) -> ModelMixin:
         """The denoiser without weights, on the meta device."""
+        from selfnpo.models.denoiser import empty_denoiser
+
         return empty_denoiser(self.family.denoiser_class, self.config)
 
     def denoiser(self, dtype: torch.dtype) -> ModelMixin:
@@ -180,6 +209,9 @@ class Source:
         Raises:
             UserError: weights are missing, corrupt, in an unsafe format or of another architecture.
         """
+        from selfnpo.models.denoiser import load_denoiser
+        from selfnpo.models.lora.read import merge_lora
+
         options, family = self.options, self.family
         if options.denoiser_name_or_path is None:
             model = load_denoiser(
@@ -193,11 +225,15 @@ class Source:
 
     def replacement(self, name: str, dtype: torch.dtype) -> ModelMixin:
         """Another denoiser of the base's architecture: from its own folder, or from the pipeline that holds it."""
+        from selfnpo.models.denoiser import load_replacement, shapes_of
+
         kind, expected = self.family.denoiser_class, shapes_of(self.empty_denoiser())
         return load_replacement(kind, name, self.component, expected, dtype, self.options, self.layout)
 
     def check_replacement(self, name: str) -> None:
         """Raise a UserError for a denoiser that `replacement` would refuse, by its configuration and headers alone."""
+        from selfnpo.models.denoiser import check_replacement, shapes_of
+
         kind, expected = self.family.denoiser_class, shapes_of(self.empty_denoiser())
         names = (kind.__name__, *self.family.former_class_names)
         check_replacement(kind, names, name, self.component, expected, self.options, self.layout)
@@ -208,28 +244,39 @@ class Source:
         Raises:
             UserError: one of them is missing or cannot be loaded.
         """
+        import diffusers
+        import transformers
+        from packaging.version import Version
+        from torch import nn
+
+        from selfnpo.models.denoiser import check_complete, reason
+
+        if not sys.stderr.isatty():  # where bars are in the way
+            diffusers.utils.logging.disable_progress_bar()
+            transformers.utils.logging.disable_progress_bar()
+        dtype_name = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
         kind, options = self.family.pipeline_class, self.options
         expected, _ = kind._get_signature_keys(kind)
         left_out = {name: None for name in expected if name not in (*wanted, "scheduler")}
         index = self._json("model_index.json") or {}
         for name in wanted:
             if index.get(name, (None, None))[0] is None:
-                raise UserError(f"{self.layout} has no {name} in its model_index.json; expected a complete {kind.__name__}")
+                raise UserError(f"{self.name} has no {name} in its model_index.json; expected a complete {kind.__name__}")
         try:
             if self.file is not None:
                 pipeline = kind.from_single_file(
-                    str(self.file), config=self.layout, local_files_only=options.local_files_only, **{DTYPE: dtype},
+                    str(self.file), config=self.layout, local_files_only=options.local_files_only, **{dtype_name: dtype},
                     **left_out,
                 )  # fmt: skip
             else:
                 pipeline = kind.from_pretrained(
-                    self.layout, revision=options.revision, variant=options.variant, use_safetensors=True, **{DTYPE: dtype},
-                    local_files_only=options.local_files_only, scheduler=self.scheduler, **left_out,
+                    self.layout, revision=options.revision, variant=options.variant, use_safetensors=True,
+                    local_files_only=options.local_files_only, scheduler=self.scheduler, **{dtype_name: dtype}, **left_out,
                 )  # fmt: skip
         except Exception as error:  # as above
             parts = wanted if self.file is None else ()
             why = (why_not_loaded(self.layout, name, options, "DiffusionPipeline") for name in parts)
-            told = f"{', '.join(wanted)} of {self.layout} could not be loaded in safetensors: {reason(error)}"
+            told = f"{', '.join(wanted)} of {self.name} could not be loaded in safetensors: {reason(error)}"
             raise UserError(next(filter(None, why), told)) from error
         for name in wanted:
             if isinstance(part := getattr(pipeline, name), nn.Module):

@@ -7,7 +7,8 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from selfnpo.errors import UserError
-from selfnpo.models.family import Config, Family, SampleOptions, image_size, multiple
+from selfnpo.models.family import Config, Family, image_size, multiple
+from selfnpo.options import SampleOptions
 
 # The released script's values; the defaults of the method were measured on small models only, so these keep its optimizer.
 RELEASED = {
@@ -29,6 +30,7 @@ class StableDiffusion(Family):
     text_components = ("tokenizer", "text_encoder")
     base_model_version = "sd_v1"
     architecture = "stable-diffusion-v1"
+    pipeline_tag = "text-to-image"
     presets: ClassVar = {"default": RELEASED}
 
     def matches(self, config: Config) -> bool:

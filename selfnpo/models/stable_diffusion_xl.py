@@ -8,8 +8,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from selfnpo.errors import UserError
-from selfnpo.models.family import Config, SampleOptions
+from selfnpo.models.family import Config, Family
 from selfnpo.models.stable_diffusion import RELEASED, StableDiffusion
+from selfnpo.options import SampleOptions
 
 # The released SDXL script's values.
 RELEASED_XL = RELEASED | {
@@ -23,6 +24,8 @@ RELEASED_XL = RELEASED | {
 class StableDiffusionXL(StableDiffusion):
     name = "stable-diffusion-xl"
     pipeline_name = "StableDiffusionXLPipeline"
+    sample_options = (*Family.sample_options, "original_size", "crops_coords_top_left", "target_size")
+    null_is_empty_prompt = False  # but zeros, by the published configuration
     text_components = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
     base_model_version = "sdxl_base_v1-0"
     guidance_scale = 5.0

@@ -5,7 +5,8 @@ from typing import ClassVar
 from diffusers import UNet2DModel
 
 from selfnpo.errors import UserError
-from selfnpo.models.family import Config, Family, SampleOptions, image_size, multiple
+from selfnpo.models.family import Config, Family, image_size, multiple
+from selfnpo.options import SampleOptions
 
 
 class Unconditional(Family):
@@ -15,6 +16,7 @@ class Unconditional(Family):
     component = "unet"
     guidance_scale = 2.0
     architecture = "ddpm"
+    pipeline_tag = "unconditional-image-generation"
     # Attention is rare in these networks, so convolutions take part.
     lora_targets = (*Family.lora_targets, "conv1", "conv2")
     presets: ClassVar = {"default": {"train_batch_size": 32, "learning_rate": 1e-6, "max_train_steps": 1000}}

@@ -2,29 +2,29 @@
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from selfnpo.models import PretrainedModel
+from selfnpo.output import progress
 from selfnpo.randomness import Site
 from selfnpo.schedule import make_grid, step_rows
 from selfnpo_kernels import guided_step, philox_normal
 
 
 def start_noise(base: PretrainedModel, count: int, seed: int) -> Tensor:
-    """x_T of `count` samples, the same for every method that is compared: `[count, ...]`."""
+    """x_T of `count` samples, the same for all methods in a comparison: `[count, ...]`."""
     return noise_of(base, torch.arange(count), seed)
 
 
 def noise_of(base: PretrainedModel, numbers: Tensor, seed: int) -> Tensor:
-    """x_T of the samples with these numbers `[B]`, the same in whichever batch a sample is: `[B, ...]`."""
+    """x_T of the samples with these numbers `[B]`, which does not depend on the batch they are in: `[B, ...]`."""
     return philox_normal((len(numbers), *base.sample_shape), seed, 0, Site.SAMPLE_NOISE, base.move(numbers))
 
 
 def plain_guidance(base: PretrainedModel, condition: Tensor, guidance_scale: float) -> tuple[float, str]:
-    """The guidance scale at which samples are what they are without a negative model, and their name.
+    """The guidance scale to sample with when there is no negative model, and a name for those samples.
 
-    Where every condition `[B]` is the null condition, as in unconditional models and for most empty prompts, guidance
-    cancels: what is left is the base itself, whatever the scale.
+    If every condition `[B]` is the null condition, as in unconditional models and for most empty prompts, guidance cancels:
+    the samples are those of the base itself at any scale.
     """
     index = condition.unique()
     rows, null = (base.conditions.select(each, base.device) for each in (index, torch.full_like(index, base.null_condition)))
@@ -49,12 +49,12 @@ def ddim_sample(
     num_inference_steps: int = 25,
     batch_size: int = 1000,
 ) -> Tensor:
-    """Deterministic DDIM samples `[B, ...]` from `noise` `[B, ...]` under `condition` `[B]`, which lies on the CPU.
+    """Deterministic DDIM samples `[B, ...]` from `noise` `[B, ...]` under `condition` `[B]`, a CPU tensor.
 
     Args:
         guidance_scale: w + 1; at 1 the negative model is not evaluated.
-        negative_model, positive_model: denoisers of the base's architecture; by default the base itself, which for the
-            negative means plain classifier-free guidance.
+        negative_model, positive_model: denoisers of the base's architecture; by default the base itself. With the base as
+            the negative this is plain guidance (CFG).
         batch_size: samples per forward pass.
     """
     positive, negative = positive_model or base.denoiser, negative_model or base.denoiser
@@ -63,7 +63,7 @@ def ddim_sample(
     finished = []
     for sample, asked in zip(noise.split(batch_size), condition.split(batch_size), strict=True):
         null = torch.full_like(asked, base.null_condition)
-        steps = tqdm(zip(timesteps, rows, strict=True), desc="sample", total=len(rows), leave=False, disable=None)
+        steps = progress(zip(timesteps, rows, strict=True), desc="sample", total=len(rows), unit="step", leave=False)
         for timestep, row in steps:
             t = timestep.expand(len(sample))
             cond = base.predict(positive, sample, t, asked)

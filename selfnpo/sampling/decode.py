@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
-from tqdm import tqdm
 
 from selfnpo.models import PretrainedModel
+from selfnpo.output import progress
 
 FRAMES = 4  # of a video, evenly spaced, in a picture
 
@@ -39,7 +39,7 @@ def decode_frames(base: PretrainedModel, samples: Tensor, vae: ModelMixin | None
         yield from samples.cpu().unsqueeze(1)
         return
     shift = getattr(vae.config, "shift_factor", None) or 0.0
-    for sample in tqdm(samples, desc="decode", leave=False, disable=None):
+    for sample in progress(samples, desc="decode", unit="sample", leave=False):
         yield _decode(vae, sample[None, base.padding :].float() / vae.config.scaling_factor + shift)
 
 

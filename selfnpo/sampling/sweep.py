@@ -1,25 +1,22 @@
 """Samples from equal noise over guidance scales and strengths of the negative, batch by batch."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import NamedTuple
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from selfnpo.mixing import mix_
 from selfnpo.models import PretrainedModel
+from selfnpo.output import progress
 from selfnpo.sampling.ddim import ddim_sample, noise_of, plain_guidance
 
 
 class Method(NamedTuple):
     guidance_scale: float
     beta: float | None = None  # None: plain guidance, or none at all at a guidance scale of 1
-
-
-Missing = Callable[[Method, range], Sequence[int]]  # numbers of a batch that a method still lacks
 
 
 def methods(
@@ -42,9 +39,8 @@ def sweep(
     alpha: float = 1.0,
     num_inference_steps: int = 25,
     batch_size: int = 1000,
-    missing: Missing | None = None,
-) -> Iterator[tuple[Method, Sequence[int], Tensor]]:
-    """A method, the numbers of its next samples, and these samples `[B, ...]`, until there is each one of every method.
+) -> Iterator[tuple[Method, range, Tensor]]:
+    """A method, the numbers of its next samples, and these samples `[B, ...]`, until all are made.
 
     The models come in float32 on the host and are used up: each is brought to the base's device and dtype when it samples,
     where no more than a positive and a negative lie at a time. With several betas the originals stay on the host. Plain
@@ -55,13 +51,12 @@ def sweep(
         tuned: theta + eta, the positive model; by default the base itself.
         condition: `[n]` of all samples, as in `ddim_sample`. Sample number i starts from the noise of (seed, i).
         alpha: share of eta in the negatives, see `mix_`.
-        missing: what is still to be sampled; by default everything.
     """
     batches = [range(first, min(first + batch_size, len(condition))) for first in range(0, len(condition), batch_size)]
     wanted = list(dict.fromkeys(wanted))
     betas = list(dict.fromkeys(method.beta for method in wanted if method.beta is not None))
     keep = deepcopy if len(betas) > 1 else lambda model: model
-    progress = tqdm(total=len(wanted) * len(batches), desc="compare", unit="batch", leave=False, disable=None)
+    bar = progress(total=len(wanted) * len(batches), desc="compare", unit="batch", leave=False)
     positive = None
     for beta in betas:
         negative = keep(trained)
@@ -71,10 +66,9 @@ def sweep(
         turn = [method for method in wanted if method.beta == beta or (method.beta is None and beta == betas[0])]
         for batch in batches:
             for method in turn:
-                if numbers := list(missing(method, batch) if missing else batch):
-                    index = torch.tensor(numbers)
-                    model = positive if method.beta is None else negative
-                    options = method.guidance_scale, model, positive, num_inference_steps, batch_size
-                    yield method, numbers, ddim_sample(base, noise_of(base, index, seed), condition[index], *options)
-                progress.update()
-    progress.close()
+                index = torch.tensor(batch)
+                model = positive if method.beta is None else negative
+                options = method.guidance_scale, model, positive, num_inference_steps, batch_size
+                yield method, batch, ddim_sample(base, noise_of(base, index, seed), condition[index], *options)
+                bar.update()
+    bar.close()

@@ -1,10 +1,10 @@
-"""Which of PyTorch's attention backends serves each layer: on a GPU by measurement, for shape and GPU decide."""
+"""Chooses a PyTorch attention backend for each layer. On a GPU by measurement: the fastest depends on shape and GPU."""
 
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, wraps
 from statistics import median
@@ -18,28 +18,28 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from selfnpo.errors import UserError, first_line
-from selfnpo.models import PretrainedModel
+from selfnpo.models import Family, PretrainedModel
 
 CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
 EFFICIENT, MATH = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 NAMES = {None: "own choice", CUDNN: "cudnn", FLASH: "flash", EFFICIENT: "efficient", MATH: "math"}
-ORDER = [CUDNN, FLASH, EFFICIENT, MATH]  # what one cannot run, the next one might
+ORDER = [CUDNN, FLASH, EFFICIENT, MATH]  # fallbacks: if one cannot run a call, the next one might
 FUSED = (FLASH, CUDNN, EFFICIENT)
 WARM_UPS, ROUNDS = 3, 10
-GAIN = 0.03  # by which another backend must be faster than PyTorch's own choice
-SLEEP = 2_000_000  # cycles of a GPU, about a millisecond
+GAIN = 0.03  # share by which another backend must beat PyTorch's own choice
+SLEEP = 2_000_000  # GPU cycles, about a millisecond
 
 
 @dataclass(frozen=True)
 class Choice:
-    shape: tuple[tuple[int, ...], int]  # of the query, and the number of keys
+    shape: tuple[tuple[int, ...], int]  # shape of the query, and the number of keys
     backend: str
-    milliseconds: dict[str, float]  # forward and backward, of every backend that can run this shape
-    modules: int  # layers that call attention so
+    milliseconds: dict[str, float]  # forward and backward, for every backend that can run this shape
+    modules: int  # number of layers with this shape
 
 
 class Chosen:
-    """A processor of diffusers that runs with `backend`; a call that this cannot run goes to those after it in `ORDER`."""
+    """A diffusers processor that runs with `backend`. Calls that it cannot run go to the backends after it in `ORDER`."""
 
     def __init__(self, processor: Callable, backend: SDPBackend):
         self.processor, self.backend = processor, backend
@@ -48,7 +48,7 @@ class Chosen:
 
 @cache
 def _class_for(kind: type) -> type[Chosen]:
-    """With the name and the signature of `kind`, which diffusers reads; torch.compile reads them from a class alone."""
+    """Keeps the name and signature of `kind`, which diffusers reads. torch.compile can read them only from a class."""
 
     @wraps(kind.__call__)
     def call(self: Chosen, *args: Any, **kwargs: Any) -> Any:
@@ -73,10 +73,10 @@ class Call:
 
 
 class AttentionCalls(TorchFunctionMode):
-    """While it is on, this thread's calls of scaled_dot_product_attention go to `instead`, inside which it is off.
+    """Redirects this thread's calls of scaled_dot_product_attention to `instead`. Inside `instead` it is off.
 
-    Calls that PyTorch's own functions make are not seen: those of nn.MultiheadAttention, and of a block that a backward pass
-    computes again.
+    Calls from within PyTorch's own functions are not seen: those of nn.MultiheadAttention, and of a checkpointed block that
+    the backward pass recomputes.
     """
 
     def __init__(self, instead: Callable[..., Tensor]):
@@ -89,14 +89,14 @@ class AttentionCalls(TorchFunctionMode):
 
 
 def choose_attention(model: ModelMixin, run: Callable[[], object], backends: Sequence[SDPBackend] = FUSED) -> list[Choice]:
-    """Give each attention layer of `model` the fastest backend for its shape, where that is not PyTorch's own choice.
+    """Give each attention layer of `model` the fastest backend for its shape, if that is not PyTorch's own choice.
 
-    Layers that pass a mask, call attention in several ways with different winners, or have a processor with weights stay as
-    they are. A second call chooses anew.
+    Layers stay unchanged if they pass a mask, if their calls have different winners, or if their processor has weights.
+    Calling this again chooses again.
 
     Args:
-        run: one forward pass of `model`, which is not compiled in it.
-        backends: those to try beside PyTorch's own choice; what cannot run is left out.
+        run: one forward pass of `model`; it runs without compilation.
+        backends: backends to try in addition to PyTorch's own choice; those that cannot run are left out.
     """
     calls = _record(model, run)
     fastest: dict[Call | None, SDPBackend | None] = {None: None}
@@ -112,14 +112,25 @@ def choose_attention(model: ModelMixin, run: Callable[[], object], backends: Seq
     return choices
 
 
-def use_xformers(base: PretrainedModel) -> None:
-    """xformers' attention in place of PyTorch's own."""
-    try:
-        if not base.family.has_xformers:
-            raise NotImplementedError(f"diffusers has none for the attention of {base.family.name} models")
+def check_xformers(family: Family) -> None:
+    """Raise a UserError, before weights load, where xformers is missing or has no attention for the family."""
+    with _xformers():
+        if not family.has_xformers:
+            raise NotImplementedError(f"diffusers does not support it for {family.name} models")
         import xformers.ops  # noqa: F401
 
+
+def use_xformers(base: PretrainedModel) -> None:
+    """Replace PyTorch's attention by that of xformers."""
+    check_xformers(base.family)
+    with _xformers():
         base.denoiser.enable_xformers_memory_efficient_attention()
+
+
+@contextmanager
+def _xformers() -> Iterator[None]:
+    try:
+        yield
     except (ImportError, ValueError, RuntimeError, OSError) as error:
         raise UserError(
             f"attention is xformers, which cannot run here: {first_line(error)}; its wheel must be built for torch "
@@ -128,20 +139,21 @@ def use_xformers(base: PretrainedModel) -> None:
 
 
 def spare_single_keys(model: ModelMixin, run: Callable[[], object]) -> None:
-    """The choice on a CPU, which measures nothing, so that a run gives the same bits again: flash but for a single key.
+    """The choice on a CPU: the plain formula for layers with a single key, else PyTorch's own choice (flash).
 
-    Softmax over one number is 1: the value is handed through. Flash spends a kernel on that, and gives query and key noise
-    in place of gradients of zero; `torch.compile` leaves little of the plain formula.
+    It measures nothing, so that repeated runs are bit-identical. Softmax over one number is 1, so a single value passes
+    through. Flash would spend a kernel on that and give query and key rounding noise instead of zero gradients;
+    `torch.compile` simplifies most of the plain formula away.
 
     Args:
-        run: one forward pass of `model`, with one sample or more.
+        run: one forward pass of `model`, with at least one sample.
     """
     calls = _record(model, run)
     _assign(calls, {call: MATH if call and call.keys == 1 else None for made in calls.values() for call in made})
 
 
 def _assign(calls: dict[nn.Module, set["Call | None"]], fastest: dict["Call | None", SDPBackend | None]) -> None:
-    """Give every layer its backend, and where its calls disagree PyTorch's own choice."""
+    """Give every layer its fastest backend, or PyTorch's own choice if its calls have different winners."""
     for module, made in calls.items():
         winners = {fastest[call] for call in made}
         backend = winners.pop() if len(winners) == 1 else None
@@ -150,7 +162,7 @@ def _assign(calls: dict[nn.Module, set["Call | None"]], fastest: dict["Call | No
 
 
 def _record(model: ModelMixin, run: Callable[[], object]) -> dict[nn.Module, set[Call | None]]:
-    """How each layer calls attention in `run`; None stands for a call with a mask."""
+    """The attention calls of each layer during `run`; None stands for a call with a mask."""
     calls: dict[nn.Module, set[Call | None]] = {}
     running: list[nn.Module] = []
 
@@ -164,7 +176,7 @@ def _record(model: ModelMixin, run: Callable[[], object]) -> dict[nn.Module, set
         return functional.scaled_dot_product_attention(query, key, value, attn_mask, **options)
 
     with ExitStack() as stack:
-        for module in model.modules():  # not model.attn_processors, which UNets without conditions and DiTs lack
+        for module in model.modules():  # not model.attn_processors, which unconditional UNets and DiTs lack
             if hasattr(module, "set_processor") and not isinstance(module.processor, nn.Module):
                 stack.enter_context(module.register_forward_pre_hook(lambda module, args: running.append(module)))
                 stack.enter_context(module.register_forward_hook(lambda module, args, output: running.remove(module)))
@@ -175,16 +187,16 @@ def _record(model: ModelMixin, run: Callable[[], object]) -> dict[nn.Module, set
 
 
 def measure(call: Call, backends: Sequence[SDPBackend]) -> dict[SDPBackend | None, float]:
-    """Median milliseconds of PyTorch's own choice (None) and of those backends that can run `call`, taking turns."""
+    """Median milliseconds of PyTorch's own choice (None) and of each backend that can run `call`, measured in turns."""
     times: dict[SDPBackend | None, list[float]] = {backend: [] for backend in (None, *backends)}
-    generator = torch.Generator(call.device).manual_seed(0)  # the run's own random numbers stay as they are
+    generator = torch.Generator(call.device).manual_seed(0)  # leaves the run's own random numbers alone
     inputs = []
     for shape, stride in call.layouts:
         extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         memory = torch.randn(extent, generator=generator, device=call.device, dtype=call.dtype)
         inputs.append(memory.as_strided(shape, stride).requires_grad_())
     with warnings.catch_warnings(), torch.enable_grad():
-        warnings.simplefilter("ignore")  # they say why a backend cannot
+        warnings.simplefilter("ignore")  # they only explain why a backend cannot run
         for _ in range(WARM_UPS + ROUNDS):
             for backend in list(times):
                 try:
@@ -197,7 +209,7 @@ def measure(call: Call, backends: Sequence[SDPBackend]) -> dict[SDPBackend | Non
 
 
 def milliseconds(inputs: list[Tensor], options: dict[str, Any], backend: SDPBackend | None) -> float:
-    """Of one call, forward and backward. Raises: RuntimeError where `backend` cannot run it."""
+    """Time of one call, forward and backward. Raises: RuntimeError if `backend` cannot run it."""
 
     def work() -> None:
         with nullcontext() if backend is None else sdpa_kernel(backend):
@@ -206,7 +218,7 @@ def milliseconds(inputs: list[Tensor], options: dict[str, Any], backend: SDPBack
 
     if inputs[0].device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(SLEEP)  # launches queue up meanwhile, so that the GPU is timed and not the host
+        torch.cuda._sleep(SLEEP)  # launches queue up meanwhile, so that this times the GPU and not the host
         start.record()
         work()
         end.record()
@@ -218,7 +230,7 @@ def milliseconds(inputs: list[Tensor], options: dict[str, Any], backend: SDPBack
 
 
 def choice_lines(choices: Sequence[Choice]) -> str:
-    """A line per shape."""
+    """One line per shape."""
     lines = []
     for choice in choices:
         query, keys = choice.shape

@@ -1,8 +1,8 @@
 """A training step as one CUDA graph: recorded once, then replayed by a single call.
 
-A graph repeats the kernels that it saw, at the addresses that it saw. So a step may be captured if it does the same every
-time, on memory that stays where it is, without asking the device for a value and without numbers that the host draws or
-counts. `Recorder` watches ordinary steps for that, on any device, and `difference` says what stands in the way.
+A graph repeats the kernels it recorded, at the addresses it recorded. So a step can be captured only if it does the same
+work every time, on memory that does not move, reads no value from the device, and uses no numbers that the host draws or
+counts. `Recorder` watches ordinary steps for this, on any device, and `difference` says what stands in the way.
 """
 
 from collections.abc import Callable
@@ -17,15 +17,15 @@ from selfnpo.errors import first_line
 
 READS = {"_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "unique_dim", "_unique2"}
 FROM_HOST = {"lift_fresh", "lift_fresh_copy"}
-WITHOUT_DROPOUT = ("_scaled_dot_product", "_efficient_attention", "_flash_attention", "_cudnn_attention")  # networks are
-# evaluated without it, and nothing else in them is random
-WARM_UP = 3  # steps on the graph's stream before it is captured: libraries load, autotuning ends
+WITHOUT_DROPOUT = ("_scaled_dot_product", "_efficient_attention", "_flash_attention", "_cudnn_attention")  # networks run
+# without it, and nothing else in them is random
+WARM_UP = 3  # steps on the graph's stream before capture, in which libraries load and autotuning finishes
 
 Step = Callable[[], tuple[Tensor, ...]]
 
 
 class Recorder(TorchDispatchMode):
-    """What a step does: operations, their numbers, and the memory that they find already there."""
+    """Records what a step does: operations, their arguments, and which memory existed before the step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,9 +40,9 @@ class Recorder(TorchDispatchMode):
         if name in READS:
             self.faults.append(f"{name} reads a value from the device")
         if name in FROM_HOST:
-            self.faults.append(f"{name} makes a tensor from values of the host")
+            self.faults.append(f"{name} makes a tensor from values on the host")
         if torch.Tag.nondeterministic_seeded in op.tags and not name.startswith(WITHOUT_DROPOUT):
-            self.faults.append(f"{name} draws random numbers that the host counts")
+            self.faults.append(f"{name} draws random numbers from a generator that the host advances")
         if name in ("copy_", "_to_copy"):
             places = {tensor.device.type for tensor in tensors}
             if kwargs.get("device") is not None:
@@ -52,13 +52,13 @@ class Recorder(TorchDispatchMode):
         self.events.append((name, tuple(map(self._trace, leaves))))
         result = op(*args, **kwargs)
         found = {_storage(tensor) for tensor in tensors}
-        # Storages that were there before the step live on, so none of theirs is taken for a new one.
+        # Storages from before the step stay alive, so a new storage cannot have the address of one of them.
         self._made |= {_storage(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)} - found
         return result
 
     def _trace(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
-            return "" if isinstance(leaf, torch.ScriptObject) else repr(leaf)  # one that marks time for profilers
+            return "" if isinstance(leaf, torch.ScriptObject) else repr(leaf)  # marks a time span for profilers
         place = "made here" if _storage(leaf) in self._made else leaf.data_ptr()
         return tuple(leaf.shape), leaf.stride(), leaf.dtype, place
 
@@ -68,7 +68,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def difference(first: Recorder, second: Recorder) -> str:
-    """Why the step that was watched twice cannot be captured; empty where it can."""
+    """Why the step that was recorded twice cannot be captured; empty if it can."""
     for fault in (*first.faults, *second.faults):
         return fault
     for (name, before), (other, now) in zip(first.events, second.events, strict=False):
@@ -84,11 +84,11 @@ def difference(first: Recorder, second: Recorder) -> str:
 
 
 class Replayed:
-    """Calls a step. After two that are watched and a few on the graph's stream it replays their graph; where that is not
-    possible it says so, once, and goes on with ordinary steps."""
+    """Runs a step. After two recorded steps and a few on the graph's stream it captures the step and replays the graph. If
+    that is not possible, it says so once and continues with ordinary steps."""
 
     def __init__(self, step: Step, clear: Callable[[], object]):
-        """`clear` throws away the gradients of a step that was not finished."""
+        """`clear` discards the gradients of an unfinished step."""
         self.step, self.clear = step, clear
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         self.watched: list[Recorder] = []
@@ -100,7 +100,7 @@ class Replayed:
             return self.replay()
         if len(self.watched) < 2:
             self.watched.append(Recorder())
-            # The mode sees through compiled code no more than through a kernel.
+            # The recorder cannot see into compiled code, so the step runs eagerly.
             with torch.compiler.set_stance("force_eager"), self.watched[-1]:
                 return self.step()
         if reason := self.warm == 0 and difference(*self.watched):
@@ -122,7 +122,7 @@ class Replayed:
 
 
 def on_stream(stream: "torch.cuda.Stream", step: Step) -> tuple[Tensor, ...]:
-    """Run on `stream`, between what was asked for before and what will be asked for after."""
+    """Run `step` on `stream`, ordered after earlier work and before later work on the current stream."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         outputs = step()
@@ -131,19 +131,19 @@ def on_stream(stream: "torch.cuda.Stream", step: Step) -> tuple[Tensor, ...]:
 
 
 def capture(step: Step, pool: Any, stream: "torch.cuda.Stream") -> Step:
-    """A function that does what `step` does by replaying a graph of it; capturing does not execute it.
+    """A function that does the same as `step` by replaying a graph of it. Capturing does not execute the step.
 
     Args:
-        step: has run on `stream` before, so that whatever it compiles, loads or allocates once is there.
-        pool: `torch.cuda.graph_pool_handle()`; graphs with one pool share their memory and must not run at once.
+        step: must have run on `stream` before, so that everything it compiles, loads or allocates once is in place.
+        pool: `torch.cuda.graph_pool_handle()`; graphs of the same pool share memory and must not run at the same time.
     """
     graph = torch.cuda.CUDAGraph()
-    # Meanwhile another thread may wait for a copy and write it to a checkpoint.
+    # Thread-local, because another thread may be writing a checkpoint meanwhile.
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         outputs = step()
 
     def replay() -> tuple[Tensor, ...]:
         graph.replay()
-        return tuple(output.clone() for output in outputs)  # the next replay writes to the same memory
+        return tuple(output.clone() for output in outputs)  # the next replay overwrites this memory
 
     return replay

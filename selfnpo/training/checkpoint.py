@@ -1,8 +1,8 @@
 """Checkpoints that prove they are intact.
 
-A checkpoint is a folder of state.safetensors and state.json (scalars, and the digest of the tensors). It is written under
-another name, tensor by tensor, flushed to disk and committed by rename; selfnpo/training/snapshot.py does so beside the
-training.
+A checkpoint is a folder with state.safetensors and state.json (scalars, and the digest of the tensors). It is written under
+another name, tensor by tensor, flushed to disk and committed by rename. selfnpo/training/snapshot.py does this in the
+background while training continues.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from selfnpo.errors import UserError
 from selfnpo.files import PARTIAL, committed_folder, tensors_header
 from selfnpo.output import list_checkpoints
 
-_FLUSH = 1 << 28  # bytes, after which a disk is set to work: a machine with much memory would else begin at the end
+_FLUSH = 1 << 28  # bytes between flushes: otherwise a machine with much memory writes nothing to disk until the end
 
 
 def _digest(path: Path) -> str:
@@ -36,12 +36,14 @@ def _digest(path: Path) -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], go_on: Callable[[], object] = lambda: None) -> str:
-    """Write a safetensors file and return its digest. Holds two tensors at a time, where safetensors' own `save_file` wants
-    all of them on the host: one is hashed and written while the next one is fetched.
+    """Write a safetensors file and return its digest.
+
+    Only two tensors are on the host at a time (safetensors' own `save_file` needs all of them there): one is hashed and
+    written while the next one is fetched.
 
     Args:
         tensors: on any device, in any layout.
-        go_on: called before every tensor; what it raises ends the writing.
+        go_on: called before every tensor; an exception from it stops the writing.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # each at a multiple of its itemsize
     text = tensors_header(dict(ordered))
@@ -73,11 +75,11 @@ def save_checkpoint(
     """Write a checkpoint.
 
     Args:
-        scalars: called once the tensors are written.
-        go_on: called before every tensor; what it raises ends the writing.
+        scalars: called after the tensors are written.
+        go_on: called before every tensor; an exception from it stops the writing.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the checkpoint cannot be written.
     """
     with committed_folder(folder) as partial:
         digest = write_tensors(partial / "state.safetensors", tensors, go_on)
@@ -85,10 +87,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and scalars of an intact checkpoint.
+    """Tensors and scalars of a checkpoint, after checking that it is intact.
 
     Raises:
-        UserError: the folder is no checkpoint, or its tensors are not the ones that were saved.
+        UserError: the folder is not a checkpoint, or its tensors are not the ones that were saved.
     """
     try:
         scalars = json.loads((folder / "state.json").read_text())
@@ -96,29 +98,29 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise UserError(f"{folder} is damaged: the digest of state.safetensors differs from the recorded one")
         return load_file(folder / "state.safetensors"), scalars
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{folder} is no intact checkpoint: {type(error).__name__}: {error}") from error
+        raise UserError(f"{folder} is not an intact checkpoint: {type(error).__name__}: {error}") from error
 
 
 def load_latest(output_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The newest intact checkpoint of a run; damaged ones are named and passed over."""
+    """The newest intact checkpoint of a run. Damaged ones are reported and skipped."""
     for folder in reversed(list_checkpoints(output_dir)):
         try:
             return load_checkpoint(folder)
         except UserError as error:
-            tqdm.write(f"passed over: {error}")
-    raise UserError(f"{output_dir} holds no intact checkpoint; start without --resume_from_checkpoint")
+            tqdm.write(f"skipped: {error}")
+    raise UserError(f"{output_dir} has no intact checkpoint; start without --resume_from_checkpoint")
 
 
 def remove_partial(output_dir: Path) -> None:
-    """What a run that was killed had half written; its successor may take its checkpoints at other steps."""
+    """Delete half-written checkpoints of a killed run. The resumed run may save at other steps and never replace them."""
     for folder in output_dir.glob(f".checkpoint-*{PARTIAL}"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def prune_checkpoints(output_dir: Path, limit: int) -> None:
-    """Delete the oldest ones; one that cannot be deleted stays, with a note."""
+    """Delete the oldest checkpoints. If one cannot be deleted, print a note and keep it."""
     for folder in list_checkpoints(output_dir)[:-limit]:
         try:
             shutil.rmtree(folder)
         except OSError as error:
-            tqdm.write(f"note: {folder} is one too many and could not be deleted: {error.strerror or error}")
+            tqdm.write(f"note: the old checkpoint {folder} could not be deleted: {error.strerror or error}")

@@ -1,7 +1,7 @@
-"""Reference and student in one forward pass, where both are adapters on the same frozen weights.
+"""Reference and student in one forward pass, for two sets of adapters on the same frozen weights.
 
-A frozen layer computes the rows of both at once. Everything else is applied to each half by itself, to the reference's
-without gradients. So the backward pass knows the student only, which in an ordinary batch of both it would not.
+A frozen layer computes the rows of both at once. Everything else is applied to each half separately, without gradients for
+the reference. So only the student has a backward pass; in an ordinary joint batch the reference would have one too.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-GRADIENTS = {  # of a frozen layer's input
+GRADIENTS = {  # of the input of a frozen layer
     functional.linear: lambda shape, weight, gradient: gradient @ weight,
     functional.conv1d: nn.grad.conv1d_input,
     functional.conv2d: nn.grad.conv2d_input,
@@ -25,12 +25,12 @@ SHARED = (int, float, torch.Size, torch.dtype, torch.device)  # results that are
 
 
 class Pair(torch.Tensor):
-    """Two tensors of one shape, to compute with as with one: its attributes are the student's; tensors that are no pairs are
-    shared by both halves, and are not written to.
+    """Two tensors of the same shape that compute like one. Its attributes are the student's. Ordinary tensors are shared by
+    both halves and must not be written to.
 
     Raises:
         ValueError: the shapes differ.
-        TypeError: an operation would take the two for one tensor, or write both into one.
+        TypeError: an operation would treat the pair as one tensor, or write both halves into one.
         RuntimeError: an operation would lose the student's gradient.
     """
 
@@ -43,7 +43,7 @@ class Pair(torch.Tensor):
 
     def __init__(self, reference: Tensor, student: Tensor):
         if reference.shape != student.shape:
-            raise ValueError(f"a pair has one shape, got {tuple(reference.shape)} and {tuple(student.shape)}")
+            raise ValueError(f"a pair needs one shape, got {tuple(reference.shape)} and {tuple(student.shape)}")
         self.reference, self.student = reference.detach() if reference.requires_grad else reference, student
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -71,12 +71,12 @@ class Pair(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise TypeError(f"{function} takes a pair for one tensor")
+        raise TypeError(f"{function} would treat a pair as one tensor")
 
 
 def pair(reference: Any, student: Any) -> Any:
-    """Two equal structures of dicts, lists and tuples as one, with pairs in the place of tensors; other leaves are the
-    student's."""
+    """Merge two equal structures of dicts, lists and tuples into one that has pairs in place of tensors. Other leaves come
+    from the student."""
     if isinstance(student, Tensor):
         return Pair(reference, student)
     if isinstance(student, dict):
@@ -89,9 +89,7 @@ def pair(reference: Any, student: Any) -> Any:
 def _half(name: str, value: Any) -> Any:
     if isinstance(value, Pair):
         if value.student.requires_grad and name == "student" and not torch.is_grad_enabled():
-            raise RuntimeError(
-                "a pair came to a custom autograd function or to no_grad, where the student loses its gradient"
-            )
+            raise RuntimeError("a pair reached a custom autograd function or no_grad, where the student loses its gradient")
         return getattr(value, name)
     if isinstance(value, dict):
         return {key: _half(name, each) for key, each in value.items()}
@@ -99,7 +97,7 @@ def _half(name: str, value: Any) -> Any:
 
 
 def _recomputes() -> bool:
-    """In the backward pass a checkpointed block runs again, of which the student's half is enough: it stands for both."""
+    """Whether the backward pass is recomputing a checkpointed block. Then only the student's half is needed, for both."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -107,20 +105,20 @@ def _is_frozen_layer(function: Callable, args: Any, kwargs: Any) -> bool:
     if function not in GRADIENTS or kwargs or any(isinstance(each, (Pair, str)) for each in args[1:]):
         return False
     is_frozen = not any(isinstance(each, Tensor) and each.requires_grad for each in args[1:])
-    return is_frozen and args[0].ndim >= args[1].ndim  # which it has with a batch
+    return is_frozen and args[0].ndim >= args[1].ndim  # so the input has a batch dimension
 
 
 class _FrozenLayer(torch.autograd.Function):
-    """Keeps no activations: the gradient of its input follows from the weight alone."""
+    """Saves no activations: the gradient of its input needs only the weight."""
 
     @staticmethod
     def forward(ctx: Any, reference: Tensor, student: Tensor, function: Callable, weight: Tensor, options: tuple) -> tuple:
-        # The weight is an attribute: after a saved tensor a checkpointed block would compute the layer again.
+        # The weight is an attribute: saving it as a tensor would make a checkpointed block recompute the layer.
         ctx.function, ctx.shape, ctx.weight, ctx.options = function, student.shape, weight, options[1:]
         if _recomputes():
             return None, function(student, weight, *options)
         output = function(torch.cat((reference, student)), weight, *options)
-        reference, student = (half.data for half in output.chunk(2))  # views could not be changed in place
+        reference, student = (half.data for half in output.chunk(2))  # views could not be modified in place
         ctx.mark_non_differentiable(reference)
         ctx.set_materialize_grads(False)
         return reference, student
@@ -128,14 +126,14 @@ class _FrozenLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: None, gradient: Tensor) -> tuple:
-        weight = ctx.weight.to(gradient.dtype)  # under autocast it may have another one
+        weight = ctx.weight.to(gradient.dtype)  # autocast may have used another dtype
         return None, GRADIENTS[ctx.function](ctx.shape, weight, gradient, *ctx.options), None, None, None
 
 
 @contextmanager
 def joint(layers: Iterable[BaseTunerLayer], student_adapter: str, reference_adapter: str | None) -> Iterator[None]:
-    """Within, peft's `layers`, linear ones and convolutions, take pairs, whichever adapters are on. Where blocks are
-    checkpointed, the backward pass lies within, too. The student's adapters require grad from here on."""
+    """Inside this context peft's `layers` (linear or convolutional) take pairs, whichever adapters are on. If blocks are
+    checkpointed, the backward pass must run inside it too. From here on the student's adapters require gradients."""
     layers = list(layers)
     for layer in layers:
         for part in (layer.lora_A, layer.lora_B):
@@ -159,7 +157,7 @@ def _forward(layer: BaseTunerLayer, student_adapter: str, reference_adapter: str
 
 
 def _adapted(layer: BaseTunerLayer, adapter: str | None, x: Tensor, output: Tensor) -> Tensor:
-    """`output` of the base's layer with the offset of an adapter: the arithmetic of peft's own layers, without dropout."""
+    """`output` of the base layer plus an adapter's offset, computed as peft's own layers do, without dropout."""
     if adapter is None:
         return output
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]

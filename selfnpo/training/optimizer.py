@@ -1,11 +1,11 @@
-"""AdamW with clipping before it and the reference's average after it.
+"""AdamW, with gradient clipping before it and the reference's moving average after it.
 
-    form      where                                      what it is
-    fused     float32 and bfloat16                       one pass over memory (selfnpo_kernels.fused_adamw_)
-    stepwise  float16, which needs a scale of the loss   clipping, PyTorch's AdamW, average, one after the other
-              moments in 8 bits                          the same with the AdamW of bitsandbytes
+    form      used for                             what it does
+    fused     float32 and bfloat16                 everything in one pass over memory (selfnpo_kernels.fused_adamw_)
+    stepwise  float16, which needs loss scaling    clipping, PyTorch's AdamW, moving average, one after the other
+              8-bit moments                        the same with the AdamW of bitsandbytes
 
-Of what changes from step to step, the fused form keeps nothing on the host.
+The fused form keeps nothing on the host that changes from step to step.
 """
 
 from itertools import compress
@@ -37,7 +37,7 @@ def _options(config: TrainConfig) -> dict[str, Any]:
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    """`step` clips, updates weights and average, and returns the norm of the gradients; it can be captured in a graph."""
+    """`step` clips, updates weights and moving average, and returns the gradient norm. It can be captured in a graph."""
 
     def __init__(self, config: TrainConfig, student: Student):
         super().__init__([*student.trainable.values()], {"lr": config.learning_rate})
@@ -53,12 +53,12 @@ class FusedAdamW(torch.optim.Optimizer):
         self._known_columns: dict[tuple[bool, ...], dict[str, list[Tensor]]] = {}
 
     def set_rate(self) -> None:
-        """The learning rate of the next step, from the host: no part of a captured step."""
+        """Copy the next step's learning rate from the host. Not part of a captured step."""
         self.lr.fill_(self.param_groups[0]["lr"])
 
     @torch.no_grad()
     def accumulate(self) -> None:
-        """Add up the gradients of several backward passes in float32, where they are bfloat16."""
+        """Add up the gradients of several backward passes; bfloat16 ones are summed in float32."""
         found = {param: param.grad for param in self.params if param.grad is not None}
         if self.student.low_halves:
             if self.sums:
@@ -83,7 +83,7 @@ class FusedAdamW(torch.optim.Optimizer):
         return norm
 
     def _columns(self, used: tuple[bool, ...]) -> dict[str, list[Tensor]]:
-        """Everything of the parameters that have gradients, but the gradients."""
+        """All tensors except gradients, for the parameters that have gradients."""
         if used not in self._known_columns:
             student, averaged = self.student, self.student.is_averaged_here
             columns = {
@@ -114,24 +114,24 @@ class FusedAdamW(torch.optim.Optimizer):
 
 
 class StepwiseAdamW:
-    """The same interface around another AdamW."""
+    """The same interface around the AdamW of PyTorch or bitsandbytes."""
 
     def __init__(self, config: TrainConfig, student: Student, scaler: GradScaler):
         self.student, self.scaler, self.config = student, scaler, config
         self.params = [*student.trainable.values()]
         options = _options(config) | {"lr": config.learning_rate}
         if config.use_8bit_adam:
-            from bitsandbytes.optim import AdamW8bit  # an extra
+            from bitsandbytes.optim import AdamW8bit  # an optional dependency
 
             self.adamw = AdamW8bit(self.params, min_8bit_size=MIN_8BIT_SIZE, **options)
         else:
             self.adamw = torch.optim.AdamW(self.params, fused=True, **options)
 
     def set_rate(self) -> None:
-        pass  # the scheduler did
+        pass  # the scheduler has set it
 
     def accumulate(self) -> None:
-        pass  # PyTorch does, in float32
+        pass  # PyTorch does it, in float32
 
     def step(self) -> Tensor:
         self.scaler.unscale_(self.adamw)
@@ -146,7 +146,7 @@ class StepwiseAdamW:
         self.adamw.zero_grad()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The live state without constants; bitsandbytes counts steps in a Python number, copied here."""
+        """The live state without constants. bitsandbytes counts steps in a Python number, which is copied into a tensor."""
         found = {}
         for name, param in self.student.trainable.items():
             state = {key: value for key, value in self.adamw.state[param].items() if not key.startswith("qmap")}
@@ -165,7 +165,7 @@ class StepwiseAdamW:
                 state["step"] = int(tensors[f"{name}.step"])
 
     def _start(self) -> None:
-        """The state that the first step would make."""
+        """Create the state that the first step would create."""
         for group_number, group in enumerate(self.adamw.param_groups):
             for number, param in enumerate(group["params"]):
                 if hasattr(self.adamw, "init_state"):
@@ -176,7 +176,7 @@ class StepwiseAdamW:
 
 
 def moment_bytes(config: TrainConfig, parameter: Tensor) -> int:
-    """What the optimizer keeps for one parameter."""
+    """Bytes that the optimizer keeps for one parameter."""
     if config.use_8bit_adam and parameter.numel() >= MIN_8BIT_SIZE:
-        return 2 * (parameter.numel() + 4 * -(-parameter.numel() // 256))  # a float32 scale for every 256 elements
+        return 2 * (parameter.numel() + 4 * -(-parameter.numel() // 256))  # one float32 scale per 256 elements
     return 8 * parameter.numel()

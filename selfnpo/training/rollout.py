@@ -1,16 +1,16 @@
 """Rollouts of the reference model, truncated at some time t: where training samples come from.
 
     name    starts from                    stops at                  reference evaluations per sample
-    pool    wherever its trajectory is     after one step            1, and some before the first step
+    pool    wherever its trajectory is     after one step            1, plus some before the first step
     fresh   noise                          a random grid point       1 .. N, (N + 1) / 2 on average
     full    noise                          the clean sample          N
     data    a noised real image            K steps later             K + 1, fewer near the end
 
-The evaluation that advances a `pool` trajectory by one step is also its Tweedie target. A trajectory that reaches the end
+The evaluation that advances a `pool` trajectory by one step also gives its Tweedie target. A trajectory that reaches the end
 restarts from fresh noise under a new condition.
 
 Positions index the sampling grid: 0 is the noisiest point, N the clean end. An evaluation is one guided evaluation of one
-sample; it costs two rows of a batch where the guidance scale is neither 0 nor 1.
+sample. It costs two rows of a batch unless the guidance scale is 0 or 1.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from selfnpo.config import TrainConfig
 from selfnpo.inputs.data import TrainData, encode_data
 from selfnpo.models import PretrainedModel
+from selfnpo.output import progress
 from selfnpo.randomness import Site, draw_index
 from selfnpo.schedule import Grid, step_rows
 from selfnpo_kernels import forward_jump, guided_step, philox_normal
@@ -33,12 +33,12 @@ class RolloutBatch:
     """Truncated rollouts: a batch, or a part of one."""
 
     sample: Tensor  # x_t [B, ...]
-    target: Tensor | None  # [B, ...] the reference's estimate of x_0 at x_t; None where the step is still to ask for it
+    target: Tensor | None  # [B, ...] the reference's estimate of x_0 at x_t; None if the step has yet to compute it
     position: Tensor  # [B] grid position of t
     condition: Tensor  # [B]
-    evaluations: int  # guided evaluations of the reference that the whole batch costs
-    slot: Tensor | None = None  # [1] place of the batch in a pool
-    first: int = 0  # number of the first sample in the whole batch
+    evaluations: int  # guided evaluations of the reference for the whole batch
+    slot: Tensor | None = None  # [1] index of the batch in the pool
+    first: int = 0  # index of the first sample in the whole batch
 
     def split(self, size: int) -> Iterator["RolloutBatch"]:
         """Parts of at most `size` samples."""
@@ -51,7 +51,7 @@ class RolloutBatch:
             )  # fmt: skip
 
     def ids(self, device: torch.device) -> Tensor:
-        """The numbers of the samples in the whole batch: int64 `[B]`."""
+        """The indices of the samples in the whole batch: int64 `[B]`."""
         return torch.arange(self.first, self.first + len(self.sample), device=device)
 
 
@@ -62,13 +62,13 @@ class Reference:
         """`micro_batch`: samples per forward pass; by default all."""
         self.base, self.guidance_scale, self.micro_batch = base, guidance_scale, micro_batch
         self.timesteps, self.rows = grid.timesteps.float().to(base.device), step_rows(grid).to(base.device)
-        # Where it enters the arithmetic it lies in device memory, as all that a captured graph reads.
+        # For arithmetic it is kept in device memory, like everything that a captured graph reads.
         self.scale = torch.full((1,), guidance_scale, device=base.device)
 
     def evaluate(
         self, denoiser: nn.Module, sample: Tensor, position: Tensor, condition: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """The model outputs (cond, uncond) at grid `position` `[B]` that `move_on` takes."""
+        """The model outputs (cond, uncond) at grid `position` `[B]`, for `move_on`."""
         timesteps = self.timesteps[self.base.move(position)]
         return self.base.predict_guided(denoiser, sample, timesteps, condition, self.guidance_scale)
 
@@ -77,7 +77,7 @@ class Reference:
         return guided_step(sample, *outputs, self.scale, self.rows[self.base.move(position)])
 
     def step(self, denoiser: nn.Module, sample: Tensor, position: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Both at once, in forward passes of at most `micro_batch` samples."""
+        """`evaluate` and `move_on`, in forward passes of at most `micro_batch` samples."""
         parts = zip(
             *(tensor.split(self.micro_batch or len(sample)) for tensor in (sample, position, condition)), strict=True
         )
@@ -85,10 +85,10 @@ class Reference:
         return stepped[0] if len(stepped) == 1 else tuple(map(torch.cat, zip(*stepped, strict=True)))
 
     def roll(self, denoiser: nn.Module, sample: Tensor, start: Tensor, stop: Tensor, condition: Tensor) -> RolloutBatch:
-        """Take every sample from grid position `start` to `stop` `[B]`, evaluate it there, and never after. The positions
-        lie on the CPU, for they decide how much there is to do."""
+        """Take every sample from grid position `start` to `stop` `[B]` and evaluate it there; finished samples cost nothing.
+        The positions are CPU tensors, because they decide how much work there is."""
         length = stop - start
-        order = length.argsort(descending=True)  # so that the samples still under way are always the first ones
+        order = length.argsort(descending=True)  # so that unfinished samples always come first
         first, asked = start[order], condition[order]
         sample, target = sample[self.base.move(order)], torch.empty_like(sample)
         for k in range(int(length.max()) + 1):
@@ -100,26 +100,26 @@ class Reference:
 
 
 def draw_noise(reference: Reference, seed: int, step: int | Tensor, ids: Tensor) -> Tensor:
-    """x_T of the trajectories `ids` `[B]`; a tensor `step` lies on the device of the samples."""
+    """x_T of the trajectories `ids` `[B]`. If `step` is a tensor, it is on the device of the samples."""
     return philox_normal((len(ids), *reference.base.sample_shape), seed, step, Site.START_NOISE, reference.base.move(ids))
 
 
 def draw_condition(reference: Reference, seed: int | Tensor, step: int | Tensor, ids: Tensor) -> Tensor:
-    """The conditions that the trajectories `ids` `[B]` follow."""
+    """The conditions of the trajectories `ids` `[B]`."""
     return draw_index(0, reference.base.num_conditions, seed, step, Site.CONDITION, ids)
 
 
 class Rollout:
-    """A source of training samples. As it is here, it rolls a batch to its end within the step."""
+    """A source of training samples. By default a batch is rolled out completely within one step."""
 
-    reference: Reference | None = None  # None where targets come without one
-    tensors: dict[str, Tensor]  # all that a checkpoint must hold
-    index_device = torch.device("cpu")  # of steps, positions and conditions
-    # Why drawing cannot be captured in a graph; empty where it can.
-    obstacle = "rollouts of changing length decide on the host what is still under way"
+    reference: Reference | None = None  # None if targets come from elsewhere
+    tensors: dict[str, Tensor]  # everything that a checkpoint must hold
+    index_device = torch.device("cpu")  # where steps, positions and conditions are kept
+    # Why drawing cannot be captured in a graph; empty if it can.
+    obstacle = "rollouts of varying length decide on the host which samples are unfinished"
 
     def fill(self, denoiser: nn.Module) -> int:
-        """What comes before the first step; returns its evaluations."""
+        """Prepare for the first step. Returns the evaluations that this took."""
         return 0
 
     def draw(self, denoiser: nn.Module, step: Tensor) -> RolloutBatch:
@@ -127,18 +127,18 @@ class Rollout:
         raise NotImplementedError
 
     def advance(self, batch: RolloutBatch, prev_sample: Tensor) -> None:
-        """Take in the next states `[B, ...]` of a drawn batch, or of a part, that came without targets."""
+        """Store the next states `[B, ...]` of a batch, or part of one, that was drawn without targets."""
 
     def compile(self) -> None:
-        """What is many small operations."""
+        """Compile what consists of many small operations."""
 
 
 class TrajectoryPool(Rollout):
-    """`pool_size` batches of trajectories under way, advanced in turn, so that consecutive batches share no trajectory.
+    """`pool_size` batches of unfinished trajectories, advanced in turn, so that consecutive batches share no trajectory.
 
-    Every batch holds every time of the grid, as evenly as its size allows. `fill` takes all trajectories to their places, at
-    about (N + 1) / 2 evaluations each. The samples are all the state there is: everything else follows from the step, which
-    lies in device memory where the conditions do. Then nothing is known to the host.
+    Every batch covers all times of the grid, as evenly as its size allows. `fill` brings all trajectories to their first
+    positions, at about (N + 1) / 2 evaluations each. The samples are the only state; everything else follows from the step
+    number. That is in device memory if the conditions are, and then the host needs to know nothing.
     """
 
     def __init__(self, reference: Reference, batch_size: int, seed: int, pool_size: int):
@@ -150,12 +150,12 @@ class TrajectoryPool(Rollout):
         self.first_position = (slots * self.length // slots.numel()).to(self.index_device)
         self.key = torch.full((1,), seed, device=self.index_device)
         self.tensors = {"sample": torch.zeros(pool_size, batch_size, *base.sample_shape, device=base.device)}
-        self.obstacle = "" if self.index_device == base.device else "the encoded prompts lie on the host"
+        self.obstacle = "" if self.index_device == base.device else "the encoded prompts are on the host"
         self._place = self.place
 
     def place(self, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Which batch is due, `[1]`, and for its trajectories: ids, positions, conditions `[B]` and rows of `forward_jump`
-        `[B, 2]`, of which (0, 1) puts fresh noise in the place of a finished one and (1, 0) leaves the others."""
+        """The index `[1]` of this step's batch, and for its trajectories: ids, positions, conditions `[B]` and rows of
+        `forward_jump` `[B, 2]`. Row (0, 1) replaces a finished trajectory by fresh noise, (1, 0) keeps an unfinished one."""
         turn, batch = step // self.pool_size, (step % self.pool_size).reshape(1)
         age = self.first_position.index_select(0, batch)[0] + turn
         generation, position = age // self.length, age % self.length
@@ -183,7 +183,7 @@ class TrajectoryPool(Rollout):
     def fill(self, denoiser: nn.Module) -> int:
         evaluations = 0
         batches = zip(self.tensors["sample"], self.slots.cpu(), self.first_position.cpu(), strict=True)
-        for sample, ids, position in tqdm(batches, desc="fill pool", total=self.pool_size, leave=False, disable=None):
+        for sample, ids, position in progress(batches, desc="fill pool", total=self.pool_size, unit="batch", leave=False):
             noise = draw_noise(self.reference, self.seed, 0, ids)
             condition = draw_condition(self.reference, self.seed, 0, ids)
             rolled = self.reference.roll(denoiser, noise, torch.zeros_like(position), position, condition)
@@ -212,7 +212,7 @@ class NoiseRollout(Rollout):
 
 
 class DataRollout(Rollout):
-    """From real images at a random grid time, then `num_rollout_steps` steps (K); the released recipe. Not data-free."""
+    """From real images noised to a random grid time, then K = `num_rollout_steps` steps: the released recipe. Needs data."""
 
     def __init__(
         self,
@@ -242,7 +242,7 @@ class DataRollout(Rollout):
 
 
 def make_rollout(config: TrainConfig, base: PretrainedModel, grid: Grid, data: TrainData | None = None) -> Rollout:
-    """The rollout that the settings ask for; without `data`, real images are the demo's digits."""
+    """The rollout that the settings ask for. Without `data`, the demo's digits serve as real images."""
     reference = Reference(base, grid, config.rollout_guidance_scale, config.train_batch_size)
     if config.rollout == "pool":
         return TrajectoryPool(reference, config.total_batch_size, config.seed, config.pool_size)

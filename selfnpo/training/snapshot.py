@@ -1,11 +1,11 @@
-"""Checkpoints that are written while the training goes on.
+"""Checkpoints that are written while training continues.
 
-    the tensors             are written                       the training waits for
-    change with every step  from a copy in host memory        the copy
-    change no more          as they lie, one by one           nothing
-    do not fit twice        as they lie, one by one           the whole writing
+    if the tensors           they are written              and training waits for
+    change with every step   from a copy in host memory    the copy
+    do not change any more   directly, one by one          nothing
+    do not fit twice         directly, one by one          the whole write
 
-The copy is queued behind the last step, on a GPU into pinned memory that is kept for the next one.
+The copy is queued behind the last step. On a GPU it goes into pinned memory, which is reused by the next checkpoint.
 """
 
 import sys
@@ -25,26 +25,26 @@ from selfnpo.training.checkpoint import prune_checkpoints, remove_partial, save_
 from selfnpo.training.state import TrainState
 
 MARGIN = 1 << 30  # bytes of host memory that a snapshot leaves free
-_CONTAINERS = (  # limit, usage, and the part of it that is only cache, in both versions of control groups
+_CONTAINERS = (  # limit, usage, and the part of usage that is only cache, for both versions of control groups
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
 class CheckpointWriter:
-    """Takes checkpoints of a run, one at a time."""
+    """Writes checkpoints of a run, one at a time."""
 
     def __init__(self, state: TrainState, output_dir: Path):
         device = state.base.device
         self.state, self.output_dir, self.on_gpu = state, output_dir, device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self.on_gpu else None
         self._buffers: dict[str, Tensor] = {}
-        self._copied: list[torch.cuda.Event] = []  # before and after a copy, which the device makes between two steps
-        self.done = threading.Event()  # not the thread itself: after a Ctrl-C its `join` may return too early
+        self._copied: list[torch.cuda.Event] = []  # before and after a copy that the device makes between two steps
+        self.done = threading.Event()  # instead of the thread's `join`, which may return too early after Ctrl-C
         self.done.set()
         self._error: BaseException | None = None
         self._cancelled = threading.Event()
-        self.fits_twice = True  # in host memory, as far as is known
+        self.fits_twice = True  # in host memory, as far as we know
 
     def __enter__(self) -> "CheckpointWriter":
         self._cancelled.clear()
@@ -52,7 +52,7 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Whatever ends the training, what was begun is finished, but for a second Ctrl-C, which gives it up."""
+        """Finish a checkpoint in progress however training ended. Only a second Ctrl-C gives it up."""
         if kind is KeyboardInterrupt:
             self.cancel()
         elif kind:
@@ -62,13 +62,13 @@ class CheckpointWriter:
                 tqdm.write(f"the last checkpoint is lost: {error}")
 
     def save(self, final: bool = False) -> None:
-        """Begin with the checkpoint of the step that was taken last, once the one before is there.
+        """Start writing a checkpoint of the last step, after the previous one is complete.
 
         Args:
-            final: the tensors change no more until it is written.
+            final: the tensors will not change until it is written.
 
         Raises:
-            UserError: this one or the one before could not be written.
+            UserError: this checkpoint or the previous one could not be written.
         """
         self.wait()
         state = self.state
@@ -85,7 +85,7 @@ class CheckpointWriter:
                 threading.Thread(target=self._in_thread, args=(write,), name="checkpoint").start()
 
     def wait(self) -> None:
-        """Until what was begun is on the disk; raises what went wrong there. Ctrl-C gives it up."""
+        """Wait until the checkpoint is on disk, and raise any error of writing it. Ctrl-C gives it up."""
         with self.state.held_up_by("checkpoints"):
             try:
                 self.done.wait()
@@ -99,13 +99,13 @@ class CheckpointWriter:
         self.check()
 
     def check(self) -> None:
-        """Raise what went wrong so far, once."""
+        """Raise the last error of the writer, once."""
         if self._error:
             error, self._error = self._error, None
             raise error
 
     def cancel(self) -> None:
-        """Give up what is being written; the checkpoints before it stay."""
+        """Give up the checkpoint in progress. Earlier checkpoints stay."""
         self._cancelled.set()
         self.done.wait()
 
@@ -113,7 +113,7 @@ class CheckpointWriter:
         try:
             write()
         except BaseException as error:
-            self._error = error  # raised where the training asks next
+            self._error = error  # raised by the next `check` of the training thread
         finally:
             self.done.set()
 
@@ -122,7 +122,7 @@ class CheckpointWriter:
             if self._stream:
                 self._stream.synchronize()
             remove_partial(self.output_dir)
-            base = other.submit(self._fingerprint)  # which takes seconds, once
+            base = other.submit(self._fingerprint)  # takes seconds, but only once
             save_checkpoint(folder, tensors, lambda: scalars | {"base_sha256": base.result()}, self._go_on)
         prune_checkpoints(self.output_dir, self.state.config.checkpoints_total_limit)
 
@@ -131,7 +131,7 @@ class CheckpointWriter:
             return self.state.fingerprint
 
     def _aside(self) -> AbstractContextManager:
-        """On a GPU, where the training's own stream would let a copy wait for every step that is queued."""
+        """On a GPU, a stream of its own: on the training stream a copy would wait for all queued steps."""
         return torch.cuda.stream(self._stream) if self._stream else nullcontext()
 
     def _go_on(self) -> None:
@@ -139,11 +139,11 @@ class CheckpointWriter:
             raise KeyboardInterrupt
 
     def _snapshot(self, live: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """The tensors as they are after the last step, in host memory; None where it is too small."""
+        """A copy in host memory of the tensors after the last step; None if it does not fit."""
         buffers = self._buffers
         if buffers.keys() != live.keys():
             self._buffers = buffers = {}
-            # A GPU's host allocator rounds every block up to a power of two.
+            # PyTorch's allocator of pinned memory rounds every block up to a power of two.
             size = sum(1 << (each.nbytes - 1).bit_length() if self.on_gpu else each.nbytes for each in live.values())
             try:
                 if size + MARGIN > free_host_memory():
@@ -155,11 +155,11 @@ class CheckpointWriter:
                 if self.fits_twice:
                     self.fits_twice = False
                     tqdm.write(
-                        f"note: the training waits while a checkpoint is written, for its {size / 1e9:.1f} GB do not fit in "
-                        "host memory a second time"
+                        "note: training pauses while a checkpoint is written, because a copy of its "
+                        f"{size / 1e9:.1f} GB does not fit in host memory"
                     )
                 return None
-            self._buffers = buffers if self.on_gpu else {}  # pinning takes seconds; other memory is given back meanwhile
+            self._buffers = buffers if self.on_gpu else {}  # pinning takes seconds, so only pinned memory is kept
         if self.on_gpu:
             self._copied = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             self._copied[0].record()
@@ -171,8 +171,8 @@ class CheckpointWriter:
 
 
 def free_host_memory() -> int:
-    """Bytes that the host can still give without those that this process will need again as it has before, for a step;
-    what is unknown is taken for enough."""
+    """Bytes of host memory that are free, minus what this process has used at its peak and may need again for a step. An
+    unknown limit counts as unlimited."""
     process = _table(Path("/proc/self/status"))
     free = _table(Path("/proc/meminfo")).get("MemAvailable", sys.maxsize)
     for folder, limit, usage, idle in _CONTAINERS:
@@ -182,7 +182,7 @@ def free_host_memory() -> int:
 
 
 def _table(path: Path) -> dict[str, int]:
-    """Lines of a name and a number, some of them in kB."""
+    """Parses lines of "name number", with an optional unit of kB."""
     try:
         rows = [line.replace(":", " ").split() for line in path.read_text().splitlines()]
     except OSError:

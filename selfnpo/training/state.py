@@ -1,6 +1,6 @@
-"""Everything that the future of a run depends on, in one object that a checkpoint saves and restores exactly.
+"""Everything that the rest of a run depends on, in one object that a checkpoint saves and restores exactly.
 
-Random numbers are absent: they are pure functions of the seed and the step (selfnpo/randomness.py).
+Random numbers need no state: they are pure functions of the seed and the step (selfnpo/randomness.py).
 """
 
 import hashlib
@@ -32,19 +32,19 @@ class TrainState:
     student: Student
     optimizer: FusedAdamW | StepwiseAdamW
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler  # of the loss, in float16; otherwise it does nothing
+    scaler: torch.amp.GradScaler  # scales the loss in float16; otherwise it does nothing
     rollout: Rollout
     step: int = 0
     reference_evaluations: int = 0  # guided evaluations of one sample
-    seconds: float = 0.0  # wall time of training: steps, and what is beside them but for pictures
-    startup_seconds: float = 0.0  # and before: compilation, measurements, filling the pool
-    strategy: str = ""  # of selfnpo/training/tandem.py, once it is chosen; another one would round differently
-    # Seconds for which something beside the steps held them up, in all processes of the run, counted generously: while the
-    # host is busy a GPU may still have steps to do.
+    seconds: float = 0.0  # wall time of training: steps and everything between them except pictures
+    startup_seconds: float = 0.0  # before the first step: compilation, measurements, filling the pool
+    strategy: str = ""  # chosen by selfnpo/training/tandem.py, and kept: another one would round differently
+    # Seconds for which other work held up the steps, summed over all processes of the run. An upper bound: while the host is
+    # busy, a GPU may still have queued steps to run.
     beside: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("logging", "relative_delta", "checkpoints", "pictures"), 0.0)
     )
-    moved: tuple[int, float] | None = None  # the last `relative_delta` that was computed, behind its step
+    moved: tuple[int, float] | None = None  # (step, relative_delta) of the last time it was computed
 
     @classmethod
     def start(cls, config: TrainConfig, base: PretrainedModel, rollout: Rollout) -> "TrainState":
@@ -75,7 +75,7 @@ class TrainState:
 
     @contextmanager
     def held_up_by(self, kind: str) -> Iterator[None]:
-        """Counts the time of the context as one kind of `beside`."""
+        """Adds the time spent in this context to `beside[kind]`."""
         started = time.perf_counter()
         try:
             yield
@@ -83,7 +83,7 @@ class TrainState:
             self.beside[kind] += time.perf_counter() - started
 
     def tensors(self) -> dict[str, Tensor]:
-        """Live tensors under flat names; `restore` copies into the same ones."""
+        """The live tensors under flat names. `restore` copies into the same tensors."""
         student = self.student
         parts = {
             "model": student.trainable,
@@ -104,10 +104,10 @@ class TrainState:
         }
 
     def restore(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
-        """Continue from a checkpoint: of its tensors, and of its scalars with `fingerprint` as base_sha256.
+        """Continue from the tensors and scalars of a checkpoint. Its base_sha256 must equal `fingerprint`.
 
         Raises:
-            UserError: the checkpoint belongs to a run with other settings or another base.
+            UserError: the checkpoint is from a run with different settings or another base.
         """
         for name, value in binding(self.config).items():
             if scalars["settings"].get(name) != value:
@@ -116,7 +116,10 @@ class TrainState:
                     "resume with the run's own config.yaml, or start in another output_dir"
                 )
         if scalars["base_sha256"] != self.fingerprint:
-            raise UserError(f"the checkpoint was made from other weights than {self.config.pretrained_model_name_or_path}")
+            raise UserError(
+                f"the checkpoint was made from other weights than {self.config.pretrained_model_name_or_path}; "
+                "resume with the base that the run started from, or start in another output_dir"
+            )
         moments = {
             name.removeprefix("optimizer."): value for name, value in tensors.items() if name.startswith("optimizer.")
         }
@@ -132,11 +135,11 @@ class TrainState:
         for name in _PROGRESS:
             setattr(self, name, scalars[name])
         self.moved = None
-        self.beside |= scalars.get("beside", {})  # which older versions did not count
+        self.beside |= scalars.get("beside", {})  # older checkpoints do not have it
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the base's weights, which training leaves as they are."""
+        """SHA-256 of the base's weights, which training never changes."""
         own = {id(tensor) for tensor in (*self.student.trainable.values(), *self.student.averaged.values())}
         digest = hashlib.sha256()
         for parameter in self.base.denoiser.parameters():

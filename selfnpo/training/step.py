@@ -1,4 +1,4 @@
-"""One training step on the device, and what precedes the first one."""
+"""One training step on the device, and the preparation before the first one."""
 
 import time
 from collections.abc import Callable
@@ -18,14 +18,14 @@ from selfnpo.training.state import TrainState
 from selfnpo.training.supported import capture_obstacle, strategies
 from selfnpo.training.tandem import Tandem, fastest
 
-# Share of the gradients by which compiled ones may differ. Seen: 2e-6 in float32; 0.17 in bfloat16, on a model whose loss
-# is nearly 0, for a single draw; 0.46 where a compiler is wrong.
+# Relative difference allowed between compiled and plain gradients. Observed: 2e-6 in float32; 0.17 in bfloat16, for a
+# single draw on a model whose loss is nearly 0; 0.46 with a compiler bug.
 COMPILED_ERROR = {torch.float32: 0.02, torch.bfloat16: 0.25, torch.float16: 0.25}
-DRAWS = 3  # of times and noise, over which it is taken
+DRAWS = 3  # of times and noise, over which the difference is measured
 
 
 class TrainingStep:
-    """Rollout, jump, reference and student, loss, optimizer. Called, it advances the tensors of `state` and returns (loss,
+    """Rollout, jump, reference and student, loss, optimizer. A call advances the tensors of `state` and returns (loss,
     gradient norm) without waiting for the device."""
 
     def __init__(self, state: TrainState, grid: Grid):
@@ -42,9 +42,9 @@ class TrainingStep:
             seed=config.seed,
         )
         self.tandem = self._tandem("sequential")
-        # `state.step` where the rollout reads it, written before a step: a captured graph follows it.
+        # A copy of `state.step` on the device where the rollout reads it; a captured graph reads it too.
         self.counter = torch.zeros((), dtype=torch.int64, device=state.rollout.index_device)
-        self.evaluations = 0  # of the reference in the last step
+        self.evaluations = 0  # of the reference, in the last step
         self._execute: Callable[[], tuple[Tensor, ...]] | None = None
 
     def __call__(self) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ class TrainingStep:
         return self._execute()
 
     def _step(self) -> tuple[Tensor, ...]:
-        """What the device does in one step: (loss, gradient norm). It may be captured in a graph."""
+        """The device's work of one step; returns (loss, gradient norm). It may be captured in a graph."""
         state, rollout = self.state, self.state.rollout
         with torch.no_grad():
             batch = rollout.draw(state.student.reference, self.counter)
@@ -69,7 +69,7 @@ class TrainingStep:
         return sum(losses), state.optimizer.step()
 
     def _backward(self, tandem: Tandem, batch: RolloutBatch) -> tuple[Tensor, Tensor | None]:
-        """The loss of a micro-batch, whose gradients it leaves, and the next states of its trajectories."""
+        """Runs forward and backward on a micro-batch. Returns its loss and the next states of its trajectories."""
         asked = self.objective.jump(batch, self.counter)
         with tandem(batch, asked) as (target, prev_sample, model_output):
             loss = self.objective.loss(asked, model_output, target) / self.config.gradient_accumulation_steps
@@ -77,7 +77,7 @@ class TrainingStep:
         return loss.detach(), prev_sample
 
     def prepare(self) -> None:
-        """Choose attention kernels, fill the pool, compile, choose how reference and student share a step; once."""
+        """Choose attention kernels, fill the pool, compile, choose how reference and student share a step. Runs once."""
         if self._execute is not None:
             return
         state, config, device = self.state, self.config, self.base.device
@@ -85,14 +85,14 @@ class TrainingStep:
         self.counter.fill_(state.step)
         if config.attention == "auto":
             self._choose_attention()
-        if state.step == 0:  # before anything is compiled, for batches of all sizes come up
+        if state.step == 0:  # before compiling, because its batches vary in size
             state.reference_evaluations += state.rollout.fill(state.student.reference)
         if config.compile:
             self._compile()
         arms = {name: self._tandem(name) for name in self._strategies()}
         probes = {name: partial(self._probe, arm) for name, arm in arms.items()}
         state.strategy = fastest(probes, self._machine_and_run, device)
-        state.optimizer.zero_grad()  # what a probe left that could not run
+        state.optimizer.zero_grad()  # left over from a probe that failed
         self.tandem = arms[state.strategy]
         self._execute = self._step
         if device.type == "cuda" and config.capture != "off":
@@ -104,7 +104,7 @@ class TrainingStep:
         state.startup_seconds += time.perf_counter() - started
 
     def release(self) -> None:
-        """Give back the memory that a captured graph reserves; a further step would be prepared anew."""
+        """Free the memory that a captured graph reserves. Another step would prepare again."""
         self._execute = None
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -134,23 +134,23 @@ class TrainingStep:
             return ["sequential"]
         if config.tandem != "auto":
             return [config.tandem]
-        return [self.state.strategy] if self.state.strategy in possible else possible  # a resumed run goes on as it began
+        return [self.state.strategy] if self.state.strategy in possible else possible  # a resumed run keeps its strategy
 
     def _machine_and_run(self) -> str:
-        """What the choice between strategies depends on."""
+        """A key of everything that the choice between strategies depends on."""
         config, base = self.config, self.base
         of_model = type(base.denoiser).__name__, sum(parameter.numel() for parameter in base.denoiser.parameters())
         of_run = config.train_batch_size, *base.sample_shape, base.dtype, config.rank, config.compile
         return " ".join(map(str, (device_name(base.device), torch.__version__, *of_model, *of_run)))
 
     def _probe(self, tandem: Tandem) -> tuple[Tensor, ...]:
-        """Forward and backward passes of one micro-batch, which leave no trace."""
+        """Forward and backward passes of one micro-batch that change no state."""
         loss, _ = self._backward(tandem, self._made_up())
         self.state.optimizer.zero_grad()
         return (loss,)
 
     def _gradient_norms(self) -> Tensor:
-        """Of every trained tensor, for a few draws."""
+        """The gradient norm of every trained tensor, for each of a few draws."""
         norms = []
         for draw in range(DRAWS):
             self.counter.fill_(draw)
@@ -164,7 +164,7 @@ class TrainingStep:
     def _made_up(self) -> RolloutBatch:
         size, base = self.config.train_batch_size, self.base
         condition = torch.zeros(size, dtype=torch.int64, device=self.counter.device)
-        position = condition + self.config.num_inference_steps // 2  # at the noisiest one the loss is 0
+        position = condition + self.config.num_inference_steps // 2  # at the noisiest position the loss is 0
         sample = torch.ones(size, *base.sample_shape, device=base.device)
         return RolloutBatch(sample, None if self.state.rollout.reference else sample, position, condition, 0)
 
@@ -175,14 +175,14 @@ class TrainingStep:
 
 
 def check_compiled(plain: Tensor, compiled: Tensor, dtype: torch.dtype) -> None:
-    """Compilers have bugs that no loss shows: the gradients of compiled networks must be those of the plain ones.
+    """Check that compiled networks have the same gradients as plain ones. Compilers have bugs that the loss does not show.
 
     Args:
-        plain, compiled: the norms of the trained tensors' gradients, without and with torch.compile.
-        dtype: of the networks' arithmetic.
+        plain, compiled: gradient norms of the trained tensors, without and with torch.compile.
+        dtype: dtype that the networks compute in.
 
     Raises:
-        UserError: they differ by more than rounding does.
+        UserError: they differ by more than rounding explains.
     """
     difference, whole = (norms.norm().item() for norms in (compiled - plain, plain))
     if not difference <= COMPILED_ERROR[dtype] * whole:

@@ -1,13 +1,13 @@
-"""The student that is trained and the reference that teaches it: what the two share decides what they cost in memory.
+"""The student that is trained and the reference that teaches it. How much they share decides how much memory they need.
 
-    form        student                          reference, frozen           reference, averaged
-    full        a copy of its own                in the training precision   an average
-    low rank    adapters on the base's weights   the base, adapters off      a second set of adapters
+    form        student                          reference, frozen             reference, averaged
+    full        its own copy of all weights      a copy in training precision  a copy that follows the student
+    low rank    adapters on the base's weights   the base, adapters off        a second set of adapters
 
-What is trained and averaged has the precision of float32: in bfloat16 neither would move, because a step is smaller than its
-resolution. Where the network computes in bfloat16, such a weight is held in two halves: the nearest bfloat16, with which the
-network computes, and an int16 remainder, in `low_halves`. In float16 it is held in float32, and autocast rounds it at every
-use. Averaging adapters averages their factors.
+Trained and averaged weights have float32 precision: in bfloat16 neither would move, because a step is smaller than the
+resolution of bfloat16. If the network computes in bfloat16, such a weight is stored in two halves: the nearest bfloat16,
+which the network uses, and an int16 remainder, in `low_halves`. If it computes in float16, the weight is stored in float32,
+and autocast rounds it at every use. Averaging adapters averages their factors.
 """
 
 import copy
@@ -29,37 +29,37 @@ from selfnpo.models.lora.adapters import REFERENCE, STUDENT, add_lora, lora_laye
 from selfnpo.training.attention import use_xformers
 from selfnpo_kernels.reference import join_weights, split_weights
 
-RECOMPILE_LIMIT = 128  # shapes of a model's blocks, twice: with gradients and without
+RECOMPILE_LIMIT = 128  # enough for all shapes of a model's blocks, with and without gradients
 
 
 class Student(ABC):
-    """What is trained, and the reference."""
+    """The model that is trained, and its reference."""
 
     base: PretrainedModel
     theta: list[Tensor]  # the base's weights
-    model: nn.Module  # predicts as the student does
+    model: nn.Module  # computes the student's output
     reference: nn.Module
     trainable: dict[str, nn.Parameter]
-    low_halves: dict[str, Tensor]  # of `trainable`; empty where that is float32
-    averaged: dict[str, Tensor]  # the reference's own weights, under the names of the student's; empty where it is frozen
+    low_halves: dict[str, Tensor]  # of `trainable`; empty if those are float32
+    averaged: dict[str, Tensor]  # the reference's own weights, under the student's names; empty if it is frozen
     averaged_low_halves: dict[str, Tensor]
-    is_averaged_here: bool  # beside the student and in its layout, so that one pass updates both
+    is_averaged_here: bool  # on the student's device and in its layout, so that one pass updates both
 
     @abstractmethod
     def networks(self) -> list[ModelMixin]:
-        """The models behind student and reference, each once."""
+        """The models behind student and reference, without duplicates."""
 
     @abstractmethod
     def positive(self) -> AbstractContextManager[ModelMixin]:
-        """The base, on the device for as long as the context lasts."""
+        """The base, on the device while the context lasts."""
 
     @abstractmethod
     def training(self) -> AbstractContextManager:
-        """Holds from the student's forward pass to the end of its backward pass."""
+        """A context for the student's forward and backward pass."""
 
     @abstractmethod
     def merged(self) -> ModelMixin:
-        """theta + delta as a model of its own."""
+        """theta + delta as a separate model."""
 
     @abstractmethod
     def _delta_norm(self) -> Tensor: ...
@@ -82,20 +82,20 @@ class Student(ABC):
 
     @torch.no_grad()
     def average(self, decay: float) -> None:
-        """One step of the reference's exponential moving average, where the optimizer does not take it."""
+        """One step of the reference's moving average, for when the optimizer does not do it."""
         if self.averaged:
             averaged = [*self.averaged.values()]
             now = [weight.to(old.device) for weight, old in zip(self.masters().values(), averaged, strict=True)]
             torch._foreach_lerp_(averaged, now, 1 - decay)
 
     def compile(self, static: bool) -> None:
-        """Compile the blocks of the networks that repeat, one by one, which takes a fraction of the time of the whole.
+        """Compile the repeated blocks of the networks one by one, in a fraction of the time of compiling all at once.
 
-        What lies between them costs launches, which a captured graph does not have. The whole would also be wrong: torch
-        2.13's Inductor loses the gradient of a UNet's upsampling on a CPU.
+        What is between the blocks only costs launches, and a captured graph has none. Compiling everything would also be
+        wrong: on a CPU, torch 2.13's Inductor loses the gradient of a UNet's upsampling.
 
         Args:
-            static: whether all batches have one size.
+            static: whether all batches have the same size.
         """
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         for network in self.networks():
@@ -105,12 +105,12 @@ class Student(ABC):
 
 
 def is_split(config: TrainConfig, dtype: torch.dtype) -> bool:
-    """Whether trained weights are held in two halves."""
+    """Whether trained weights are stored in two halves."""
     return dtype == torch.bfloat16 and not config.use_8bit_adam
 
 
 def split_(weights: dict[str, nn.Parameter], values: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Give `weights` the bfloat16 halves of float32 `values`; returns the others."""
+    """Set `weights` to the bfloat16 halves of float32 `values`. Returns the low halves."""
     low_halves = {}
     for (name, weight), value in zip(weights.items(), values, strict=True):
         weight.data, low_halves[name] = split_weights(value.detach().to(weight.device, torch.float32))
@@ -121,12 +121,12 @@ def make_student(config: TrainConfig, base: PretrainedModel) -> Student:
     """A student that starts as a copy of the base.
 
     Raises:
-        UserError: the family's models cannot do what the settings ask for.
+        UserError: models of this family do not support a setting.
     """
     if config.attention == "xformers":
         use_xformers(base)
     if config.compile:
-        base.denoiser.to(memory_format=torch.channels_last)  # which Inductor keeps through normalisations
+        base.denoiser.to(memory_format=torch.channels_last)  # a layout that Inductor keeps through normalisations
     return LoRAStudent(config, base) if config.rank else FullStudent(config, base)
 
 
@@ -136,13 +136,11 @@ def checkpoint_gradients(config: TrainConfig, model: ModelMixin) -> None:
     if model._supports_gradient_checkpointing:
         model.enable_gradient_checkpointing()
     elif config.gradient_checkpointing:
-        raise UserError(
-            f"gradient_checkpointing is on, which diffusers does not offer for {type(model).__name__}; leave it out"
-        )
+        raise UserError(f"gradient_checkpointing is on, but diffusers has none for {type(model).__name__}; leave it out")
 
 
 class FullStudent(Student):
-    """All weights are trained. The base stays as it was; where a GPU trains, in the host's pinned memory."""
+    """All weights are trained. The base stays unchanged; if a GPU trains, it is kept in pinned host memory."""
 
     def __init__(self, config: TrainConfig, base: PretrainedModel):
         self.base, theta = base, base.denoiser
@@ -181,8 +179,8 @@ class FullStudent(Student):
         return nullcontext()
 
     def _delta_norm(self) -> Tensor:
-        # One tensor at a time, so that a base on the host costs the device no more than its largest tensor. All is queued at
-        # once: a second stream could only hide the norms, which take a tenth of the copies' time.
+        # One tensor at a time, so that a base on the host takes no more device memory than its largest tensor. Everything is
+        # queued on one stream: a second one could only hide the norms, which take a tenth of the time of the copies.
         low_halves = self.low_halves
         delta = [
             _norm((join_weights(now, low_halves[name]) if low_halves else now) - self._here(theta))
@@ -205,7 +203,7 @@ def lora_config(config: TrainConfig, family: Family) -> LoraConfig:
 
 
 class LoRAStudent(Student):
-    """LoRA adapters are trained. They live in the base itself, which is held once, and are off unless asked for."""
+    """LoRA adapters are trained. They are attached to the base itself, so it exists only once. They are off by default."""
 
     def __init__(self, config: TrainConfig, base: PretrainedModel):
         self.base, self.weights, self.lora = base, base.denoiser, lora_config(config, base.family)
@@ -257,7 +255,7 @@ class LoRAStudent(Student):
         squares, weights = [], self.masters()
         for path, layer in self.layers.items():
             down, up = (weights[f"{path}.lora_{factor}.{STUDENT}.weight"].flatten(1) for factor in "AB")
-            # ||B A||^2 = tr((B^T B) (A A^T)), without the product, which has the size of the layer.
+            # ||B A||^2 = tr((B^T B) (A A^T)) avoids the product B A, which is as large as the layer.
             squares.append(layer.scaling[STUDENT] ** 2 * ((up.T @ up) * (down @ down.T)).sum())
         return torch.stack(squares).sum().clamp(min=0).sqrt()
 
@@ -279,15 +277,15 @@ class LoRAStudent(Student):
 
 
 class _Adapted(nn.Module):
-    """A denoiser with one set of its adapters on."""
+    """A denoiser with one set of adapters switched on."""
 
     def __init__(self, student: LoRAStudent, adapter: str | None):
         super().__init__()
-        self._student, self._adapter = (student,), adapter  # in a tuple, for it is no part of this module
+        self._student, self._adapter = (student,), adapter  # in a tuple, so that it does not become a submodule
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its adapters, or where it has none of the weights."""
+        """Dtype of its adapters, or of the weights if it has none."""
         (student,) = self._student
         own = {STUDENT: student.trainable, REFERENCE: student.averaged}.get(self._adapter)
         return next(iter(own.values())).dtype if own else student.weights.dtype
@@ -299,7 +297,7 @@ class _Adapted(nn.Module):
 
 
 def converted(model: ModelMixin, device: torch.device, dtype: torch.dtype) -> ModelMixin:
-    """A copy, tensor by tensor: a model in between, in another place or precision, might not fit anywhere."""
+    """A converted copy, made tensor by tensor: an intermediate copy of the whole model might not fit in memory."""
 
     def copied(tensor: Tensor) -> Tensor:
         moved = tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)

@@ -1,4 +1,4 @@
-"""What settings and machine allow, said before any weights are loaded."""
+"""Checks of settings against model and machine, made before any weights are loaded."""
 
 import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
@@ -7,15 +7,17 @@ from selfnpo.config import TrainConfig
 from selfnpo.errors import UserError, first_line
 from selfnpo.models import Source
 from selfnpo.schedule import make_grid
+from selfnpo.training.attention import check_xformers
+from selfnpo.training.without_effect import check_effect
 from selfnpo_kernels.dispatch import triton_failure
 
 
 def capture_obstacle(config: TrainConfig, device: torch.device) -> str:
-    """Why a step with these settings cannot be captured in a CUDA graph; empty where it can."""
+    """Why a step with these settings cannot be captured in a CUDA graph; empty if it can."""
     if device.type != "cuda":
         return "CUDA graphs need an NVIDIA GPU, and there is none"
     if config.rollout != "pool":
-        return f"rollout is {config.rollout}, whose batches change their size; pool keeps it"
+        return f"rollout is {config.rollout}, whose batches vary in size; those of pool do not"
     if config.low_vram:
         return "low_vram keeps weights or prompts on the host"
     if config.use_8bit_adam:
@@ -32,18 +34,19 @@ def strategies(config: TrainConfig, device: torch.device) -> list[str]:
         return found
     if not capture_obstacle(config, device) and config.capture != "off":
         found.append("streams")
-    plain = not config.compile and config.attention != "xformers"  # pairs of tensors pass through PyTorch alone
+    plain = not config.compile and config.attention != "xformers"  # only plain PyTorch handles pairs of tensors
     if config.rank and plain and config.rollout_guidance_scale in (0, 1):
         found.append("shared")
     return found
 
 
 def check_supported(config: TrainConfig, source: Source, device: torch.device) -> None:
-    """Refuse what cannot work, before weights load.
+    """Refuse settings that cannot work, before weights are loaded.
 
     Raises:
-        UserError: settings that exclude each other, or that the model or this machine cannot do.
+        UserError: settings exclude each other or would change nothing, or the model or this machine does not support them.
     """
+    check_effect(config, source)
     make_grid(source.scheduler, config.num_inference_steps)
     reason = capture_obstacle(config, device)
     if config.capture == "on" and reason:
@@ -56,11 +59,13 @@ def check_supported(config: TrainConfig, source: Source, device: torch.device) -
         }[config.tandem]
         raise UserError(f"tandem is {config.tandem}, which needs {needs}; expected auto or one of {', '.join(possible)}")
     if not config.compile:
+        if config.attention == "xformers":
+            check_xformers(source.family)
         return
     if config.low_vram:
-        raise UserError("compile and low_vram are both on, but weights that come and go cannot be compiled; leave one out")
+        raise UserError("compile and low_vram are both on, but offloaded weights cannot be compiled; leave one out")
     if config.attention == "xformers":
-        raise UserError("compile is on with attention xformers, which breaks compiled code apart; use --attention auto")
+        raise UserError("compile is on with attention xformers, which splits compiled code up; use --attention auto")
     try:
         if device.type == "cpu":
             get_cpp_compiler()
@@ -68,7 +73,7 @@ def check_supported(config: TrainConfig, source: Source, device: torch.device) -
             raise ImportError(triton_failure())
         elif torch.cuda.get_device_capability(device)[0] < 7:
             raise RuntimeError(f"{torch.cuda.get_device_name(device)} is older than sm_70")
-    except Exception as error:  # Inductor's own kinds
+    except Exception as error:  # also Inductor's own types
         needed = "a C++ compiler" if device.type == "cpu" else "Triton on a GPU of sm_70 or later"
         raise UserError(
             f"compile is on, which needs {needed}: {first_line(error)}; install it or leave --compile out"

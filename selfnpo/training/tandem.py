@@ -1,11 +1,12 @@
-"""Reference and student in one step. The student's sample x_s follows from x_t alone, so both networks may run at once.
+"""Reference and student in one step. The student's sample x_s depends only on x_t, so both networks may run at once.
 
-    strategy     what runs                                                       for
-    sequential   the reference, then the student                                 all
-    streams      both as parallel branches of one CUDA graph                     a GPU
-    shared       one forward pass, in which layers of the base see both batches  a LoRA, not compiled
+    strategy     what runs                                                        works for
+    sequential   the reference, then the student                                  everything
+    streams      both as parallel branches of one CUDA graph                      a GPU
+    shared       one forward pass, in which layers of the base take both batches  a LoRA, not compiled
 
-A naive joint batch would lose: autograd would differentiate the reference's half too. `shared` differentiates the student's.
+An ordinary joint batch would be slower, because autograd would differentiate the reference's half too. `shared`
+differentiates only the student's half.
 """
 
 import json
@@ -29,24 +30,24 @@ from selfnpo.training.objective import StudentBatch
 from selfnpo.training.rollout import Reference, RolloutBatch
 from selfnpo.training.student import Student
 
-GAIN = 0.03  # share of its time by which another strategy must beat `sequential`
+GAIN = 0.03  # share of time by which another strategy must beat `sequential`
 ROUNDS = 7
 
 Outputs = tuple[Tensor, Tensor | None]  # (cond, uncond) of the reference
 
 
 class Tandem:
-    """One strategy."""
+    """Runs reference and student by one strategy."""
 
     def __init__(self, student: Student, reference: Reference | None, base: PretrainedModel, strategy: str):
-        """`reference` is None where rollouts bring their targets."""
+        """`reference` is None if rollouts come with targets."""
         self.student, self.reference, self.base, self.strategy = student, reference, base, strategy
         self.side = torch.cuda.Stream() if strategy == "streams" else None
 
     @contextmanager
     def __call__(self, batch: RolloutBatch, asked: StudentBatch) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        """(target, prev_sample, model_output) `[B, ...]`: the reference's estimate of x_0 at x_t, its next state unless
-        the rollout brought the target, and the student's output at x_s; holds to the end of the backward pass."""
+        """Yields (target, prev_sample, model_output) `[B, ...]`: the reference's estimate of x_0 at x_t, its next state
+        (None if the rollout came with the target), and the student's output at x_s. Run the backward pass inside."""
         student = self.student
         if self.strategy == "shared":
             with joint(student.layers.values(), STUDENT, REFERENCE if student.averaged else None):
@@ -61,7 +62,7 @@ class Tandem:
 
     @torch.no_grad()
     def _evaluate(self, batch: RolloutBatch) -> Outputs:
-        """On the side stream, if there is one; whoever uses the outputs waits for it."""
+        """Runs on the side stream if there is one. Callers must wait for it before they use the outputs."""
         asked = self.student.reference, batch.sample, batch.position, batch.condition
         if self.side is None:
             return self.reference.evaluate(*asked)
@@ -94,7 +95,7 @@ def fastest(
     device: torch.device,
     say: Callable[[str], object] = print,
 ) -> str:
-    """The fastest of several strategies, each of which its probe runs once; remembered under `machine_and_run`."""
+    """The fastest of several strategies; calling a probe runs its strategy once. Cached under the key `machine_and_run`."""
     if len(probes) == 1:
         return next(iter(probes))
     key, known = machine_and_run(), _read_cache()
@@ -103,7 +104,7 @@ def fastest(
         for name, reason in failed.items():
             say(f"reference and student: {name} cannot run here: {reason}")
         if "sequential" not in milliseconds or len(milliseconds) == 1:
-            return "sequential"  # not remembered: another day there may be more memory
+            return "sequential"  # not cached: another day there may be more memory
         best = min(milliseconds, key=milliseconds.get)
         if milliseconds[best] > (1 - GAIN) * milliseconds["sequential"]:
             best = "sequential"
@@ -118,7 +119,7 @@ def fastest(
 def _measure(
     probes: dict[str, Callable[[], tuple[Tensor, ...]]], device: torch.device
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Median milliseconds, in turns, on a GPU of replayed graphs; and why those that are not among them could not run."""
+    """Median milliseconds, measured in turns (on a GPU, of replayed graphs), and why the missing ones could not run."""
     failed = {}
     if device.type == "cuda":
         stream, pool, captured = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), {}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,27 +14,29 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from selfnpo.cli import as_flags
 from selfnpo.config import TrainConfig, to_yaml
 from selfnpo.device import Meter
 from selfnpo.errors import UserError, first_line, is_out_of_memory
 from selfnpo.files import write_text
 from selfnpo.inputs.data import TrainData
 from selfnpo.models import PretrainedModel
-from selfnpo.output import list_checkpoints
+from selfnpo.output import list_checkpoints, progress
 from selfnpo.schedule import make_grid
 from selfnpo.training.checkpoint import load_checkpoint, load_latest
+from selfnpo.training.log import RunLog
 from selfnpo.training.rollout import Rollout, make_rollout
 from selfnpo.training.snapshot import CheckpointWriter
 from selfnpo.training.state import TrainState
 from selfnpo.training.step import TrainingStep
 from selfnpo.training.validation import save_grid
 
-DELTA_STEPS = 100  # between looks at how far full weights have moved, for which a GPU reads the whole base from the host
-REST = 50  # a checkpoint by minutes is put off until training has lasted this many times as long as the last one held it up
+DELTA_STEPS = 100  # steps between measurements of how far full weights have moved; each copies the base from host to GPU
+REST = 50  # a timed checkpoint waits until training has run this many times as long as the last one held it up
 
 
 class Trainer:
-    """One run. Without an `output_dir` nothing is written and nothing can be resumed."""
+    """One training run. Without an `output_dir` it writes nothing and cannot be resumed."""
 
     def __init__(
         self,
@@ -45,7 +48,7 @@ class Trainer:
     ):
         self.config, self.base, self.output_dir = config, base, output_dir
         if base.device.type == "cuda":
-            torch.cuda.set_device(base.device)  # streams and graphs are made on the current GPU
+            torch.cuda.set_device(base.device)  # streams and graphs are created on the current GPU
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         grid = make_grid(base.scheduler, config.num_inference_steps)
         self.state = TrainState.start(config, base, rollout or make_rollout(config, base, grid, data))
@@ -58,10 +61,11 @@ class Trainer:
             )
             self._truncate_log()
         self.writer = CheckpointWriter(self.state, output_dir) if output_dir else None
-        self._saved_at, self._held_up = self.state.seconds, 0.0  # when the last checkpoint was taken, and for how long
+        self.log: RunLog | None = None  # while the run writes
+        self._saved_at, self._held_up = self.state.seconds, 0.0  # when the last checkpoint was taken, its delay
 
     def train_step(self) -> tuple[Tensor, Tensor]:
-        """One step of the whole recipe; (loss, gradient norm), not yet synchronised with the host."""
+        """One complete step. Returns (loss, gradient norm) without waiting for the device."""
         state = self.state
         loss, grad_norm = self.step()
         state.lr_scheduler.step()
@@ -71,28 +75,28 @@ class Trainer:
         return loss, grad_norm
 
     def run(self, wait: bool = True) -> str:
-        """Train to the end. Returns why it ended: completed, strength reached or interrupted.
+        """Train to the end. Returns why training ended: completed, strength reached or interrupted.
 
         Args:
-            wait: for the last checkpoint of a run that was not interrupted; else `closing` does, and until then nothing may
-                change the state.
+            wait: whether to wait for the last checkpoint. If False, and the run is not interrupted, `closing` waits for it,
+                and nothing may change the state until then.
         """
         config, state = self.config, self.state
         losses: list[Tensor] = []
         if self.output_dir:
             write_text(self.output_dir / "config.yaml", to_yaml(config))
+            self.log = RunLog(config, self.output_dir)
         self.step.prepare()
         started, ending = time.perf_counter() - state.seconds, "completed"
         with (
             _interruptible() as interrupted,
             self.writer or nullcontext(),
-            _log_writer(config, self.output_dir) as log,
-            tqdm(total=config.max_train_steps, initial=state.step, desc="train", unit="step", disable=None) as progress,
+            progress(total=config.max_train_steps, initial=state.step, desc="train", unit="step") as bar,
         ):
             while state.step < config.max_train_steps and ending == "completed":
                 loss, grad_norm = self.train_step()
                 losses.append(loss)
-                progress.update()
+                bar.update()
                 if self.writer:
                     self.writer.check()
                 last = state.step == config.max_train_steps
@@ -100,9 +104,10 @@ class Trainer:
                     row = self._log_row(losses, grad_norm, started)
                     losses.clear()
                     with state.held_up_by("logging"):
-                        log(row)
+                        if self.log:
+                            self.log.write(row)
                         moved = f", moved={state.moved[1]:.2%}" if state.moved else ""
-                        progress.set_postfix_str(f"loss={row['loss']:.4f}{moved}")
+                        bar.set_postfix_str(f"loss={row['loss']:.4f}{moved}")
                     if config.max_relative_delta is not None and row["relative_delta"] >= config.max_relative_delta:
                         ending = "strength reached"
                 if interrupted():
@@ -115,44 +120,54 @@ class Trainer:
                     pause = time.perf_counter()
                     self.save_grid()
                     started += time.perf_counter() - pause
-            if self.writer and (wait or ending == "interrupted"):
-                self.writer.wait()
+            if wait or ending == "interrupted":
+                self.close()
         return ending
+
+    def close(self) -> None:
+        """Wait for the last checkpoint, and end the log."""
+        if self.log:
+            self.log.close()
+            self.log = None
+        if self.writer:
+            self.writer.wait()
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """For what is done with the results of `run(wait=False)`: whatever happens there, SIGTERM included, the last
-        checkpoint is waited for."""
+        """A context for work after `run(wait=False)`. On leaving it, even by SIGTERM, it waits for the last checkpoint."""
         with _handled(signal.default_int_handler):
             try:
                 yield
             except KeyboardInterrupt:
-                print(f"{self.last_checkpoint()}; --resume_from_checkpoint latest makes the results that are missing")
+                print(f"{self.last_checkpoint()}; write the missing results with\n  {resume_command(self.config)}")
                 raise
             finally:
-                self.writer.wait()
+                self.close()
 
     def _is_due(self, seconds: float) -> bool:
-        """Whether a checkpoint is, after that many seconds of training."""
+        """Whether it is time for a checkpoint, after `seconds` of training."""
         if self.config.checkpointing_steps:
             return self.state.step % self.config.checkpointing_steps == 0
         return seconds - self._saved_at >= max(60 * self.config.checkpointing_minutes, REST * self._held_up)
 
     def save_grid(self) -> Path | None:
-        """A picture of plain samples beside those guided by the student, in output_dir/samples; None where there is no
-        folder, or no memory, which loses a picture and not a run."""
+        """Write plain samples next to samples guided by the student into output_dir/samples. Returns None without an
+        output_dir, or when memory runs out: that costs the picture but not the run."""
         if not self.output_dir:
             return None
-        eager = torch.compiler.set_stance("force_eager")  # pictures have other shapes than training
+        eager = torch.compiler.set_stance("force_eager")  # pictures and training use different shapes
         try:
             with self.state.held_up_by("pictures"), eager:
-                return save_grid(self.output_dir / "samples" / f"step-{self.state.step:06}.png", self.state)
+                picture = save_grid(self.output_dir / "samples" / f"step-{self.state.step:06}.png", self.state)
+                if self.log:
+                    self.log.picture(picture, self.state.step)
+                return picture
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             tqdm.write(
-                f"warning: no picture of step {self.state.step}, out of memory ({first_line(error)}); fewer at once need "
-                "less, --num_validation_images 1, or python -m selfnpo.sample with --batch_size 1 once the run is done"
+                f"warning: no picture of step {self.state.step}, out of memory ({first_line(error)}); pass "
+                "--num_validation_images 1, or run python -m selfnpo.sample with --batch_size 1 after training"
             )
             return None
 
@@ -173,7 +188,7 @@ class Trainer:
                 "samples_per_second": state.step * self.config.total_batch_size / state.seconds,
             }
         if state.scaler.is_enabled() and not math.isfinite(row["grad_norm"]):
-            row["grad_norm"] = None  # the step was left out, and the scale of the loss lowered
+            row["grad_norm"] = None  # the step was skipped and the loss scale lowered
         if not all(row[name] is None or math.isfinite(row[name]) for name in ("loss", "grad_norm", "relative_delta")):
             raise UserError(
                 f"training diverged by step {state.step} (loss {row['loss']}, gradient norm {row['grad_norm']}); lower "
@@ -182,23 +197,23 @@ class Trainer:
         return row
 
     def _looks_at_delta(self) -> bool:
-        """Whether this row of the log tells how far the weights have moved."""
+        """Whether this log row includes how far the weights have moved."""
         config, step = self.config, self.state.step
         if config.rank or config.max_relative_delta is not None or step == config.max_train_steps:
             return True
-        return step % DELTA_STEPS < config.logging_steps  # the first row of another hundred
+        return step % DELTA_STEPS < config.logging_steps  # the first row after every DELTA_STEPS steps
 
     def last_checkpoint(self) -> str:
-        """What is left of a run that ends here, in words."""
+        """A sentence that names the last checkpoint, for a run that ends here."""
         if not self.writer:
-            return "no checkpoint was taken before"
+            return "no checkpoint was saved"
         failure = ""
         try:
             self.writer.wait()
         except UserError as error:
             failure = f"; {error}"
         found = list_checkpoints(self.output_dir)
-        return (f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was taken before") + failure
+        return (f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was saved") + failure
 
     def _checkpoint(self, final: bool = False) -> None:
         if self.writer:
@@ -214,9 +229,21 @@ class Trainer:
             write_text(path, "".join(f"{line}\n" for line in lines))
 
 
+def resume_command(config: TrainConfig) -> str:
+    """The command line that goes on with a run from its last checkpoint."""
+    flags = {
+        "config": config.output_dir / "config.yaml",
+        "output_dir": config.output_dir,
+        "resume_from_checkpoint": "latest",
+    }
+    if config.push_to_hub:
+        flags |= {"push_to_hub": True} | ({"hub_model_id": config.hub_model_id} if config.hub_model_id else {})
+    return shlex.join(("python", "-m", "selfnpo.train", *as_flags(flags)))
+
+
 @contextmanager
 def _interruptible() -> Iterator:
-    """Ctrl-C and SIGTERM ask the loop to stop after the current step; a second Ctrl-C stops at once."""
+    """Ctrl-C or SIGTERM stops the loop after the current step. A second one stops at once."""
     received: list[int] = []
 
     def handler(number: int, frame: Any) -> None:
@@ -233,38 +260,10 @@ def _handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Ctrl-C and SIGTERM call `handler`."""
     try:
         previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: signals are someone else's
+    except ValueError:  # not the main thread, so signals cannot be handled here
         previous = {}
     try:
         yield
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
-
-
-@contextmanager
-def _log_writer(config: TrainConfig, output_dir: Path | None) -> Iterator:
-    """Appends rows to log.jsonl and, if asked for, to TensorBoard."""
-    if output_dir is None:
-        yield lambda row: None
-        return
-    board = None
-    if config.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        try:
-            board = SummaryWriter(output_dir / config.logging_dir)
-        except OSError as error:
-            raise UserError(f"logging_dir {config.logging_dir} cannot be written: {error.strerror or error}") from error
-    with (output_dir / "log.jsonl").open("a") as file:
-
-        def write(row: dict[str, Any]) -> None:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            for name, value in row.items() if board else ():
-                if value is not None:
-                    board.add_scalar(name, value, row["step"])
-
-        yield write
-    if board:
-        board.close()

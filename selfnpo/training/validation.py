@@ -1,4 +1,4 @@
-"""Sample grids of a run: plain guidance beside guidance away from the student, from the same noise."""
+"""Sample grids of a run: plain guidance next to guidance away from the student, from the same noise."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from selfnpo.training.state import TrainState
 
 
 def save_grid(path: Path, state: TrainState) -> Path:
-    """Write a PNG of `num_validation_images` samples per method, under the validation prompts in turn."""
+    """Write a PNG of `num_validation_images` samples per method, cycling through the validation prompts."""
     config, base, count = state.config, state.base, state.config.num_validation_images
     asked = base.asked(len(config.validation_prompt))
     conditions = asked[torch.arange(count) % len(asked)]

@@ -1,4 +1,4 @@
-"""What the kernels share: which elements a program handles, and terms whose zero coefficient removes their operand."""
+"""Shared by the kernels: which elements a program handles, and terms whose zero coefficient removes their operand."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -20,12 +20,12 @@ def grid(tensor: Tensor) -> tuple[tuple[int], int, int]:
 
 
 def value_and_pointer(value: float | int | Tensor, absent: Tensor) -> tuple[float | int, Tensor, bool]:
-    """Arguments for a scalar that may lie in device memory: (value, pointer, whether the pointer counts)."""
+    """Arguments for a scalar that may be in device memory: (value, pointer, whether to use the pointer)."""
     return (0, value, True) if isinstance(value, Tensor) else (value, absent, False)
 
 
 def on_its_device(launch: Callable) -> Callable:
-    """Triton launches on the current GPU, wherever the tensors are: make it that of the first one."""
+    """Make the first tensor's GPU the current one. Triton launches on the current GPU, wherever the tensors are."""
 
     @wraps(launch)
     def launched(*args: Any) -> Any:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from selfnpo_kernels.triton_kernels.blocks import BLOCK, grid, locate, on_its_device, value_and_pointer
 
-SEGMENTS = 256  # at most, per sample: partial moments that one program adds up
+SEGMENTS = 256  # at most this many per sample; one program adds up their partial moments
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def moments_kernel(
     moments, negative, positive, scale, scale_pointer, elements, segments, segment_blocks,
     HAS_SCALE_POINTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums of deviations and squared deviations of positive and guided, from the sample's first elements, per segment."""
+    """Per segment: sums of deviations from the sample's first element and of their squares, for positive and guided."""
     program = tl.program_id(0)
     if HAS_SCALE_POINTER:
         scale = tl.load(scale_pointer)
@@ -71,7 +71,7 @@ def cfg_combine_kernel(
 
 @on_its_device
 def launch(out: Tensor, model_output: Tensor, scale: float | Tensor, rescale: float) -> None:
-    """One launch; with rescaling two, because every element of a sample counts for each of them."""
+    """One launch, or two with rescaling, because then every element depends on all elements of its sample."""
     scale, scale_pointer, has_pointer = value_and_pointer(scale, out)
     negative, positive = model_output.chunk(2)
     programs, elements, blocks = grid(out)

@@ -55,7 +55,7 @@ def box_muller(word0, word1):
 def philox_4x32(c0, seed, step, site, sample_id):
     """Four words per counter; `c0` is a uint32 block, the rest scalars of any integer type.
 
-    Triton's own `philox` draws the same words, but multiplies twice where one product of 64 bits holds both halves.
+    Triton's own `philox` draws the same words, but multiplies twice where one 64-bit product has both halves.
     """
     seed = tl.cast(seed, tl.uint64)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
@@ -74,7 +74,7 @@ def philox_4x32(c0, seed, step, site, sample_id):
     return c0, c1, c2, c3
 
 
-@triton.jit(do_not_specialize=["seed", "step", "site"])  # they change; the machine code need not
+@triton.jit(do_not_specialize=["seed", "step", "site"])  # they change in every step, but must not trigger recompilation
 def forward_jump_kernel(
     out, sample, rows, row_stride, sample_ids, seed, seed_pointer, step, step_pointer, site, channels, positions, blocks,
     HAS_SAMPLE: tl.constexpr, HAS_SEED_POINTER: tl.constexpr, HAS_STEP_POINTER: tl.constexpr,
@@ -88,7 +88,7 @@ def forward_jump_kernel(
     within = tl.arange(0, 4)
     if CHANNELS_LAST:
         lane += first.to(tl.int32)
-        if WHOLE:  # neighbouring lanes take the channels of the same four positions, which lie side by side
+        if WHOLE:  # neighbouring lanes take the channels of the same four positions, which are adjacent in memory
             lane = (lane % channels) * (positions // 4) + lane // channels
         counter = lane.to(tl.uint32)
         logical = lane[:, None] * 4 + within[None, :]

@@ -45,7 +45,7 @@ def x0_loss_backward_kernel(
 
 @on_its_device
 def launch(sample: Tensor, model_output: Tensor, target: Tensor, rows: Tensor, kind: str, huber_c: float) -> Tensor:
-    """One pass over the operands, then the sum of one number per program: no atomics, the same bits every time."""
+    """One pass over the operands, then a sum of one number per program. No atomics, so results are bit-identical."""
     programs, elements, blocks = grid(sample)
     partials = torch.empty(programs, device=sample.device)
     x0_loss_kernel[programs](

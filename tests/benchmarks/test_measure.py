@@ -137,10 +137,10 @@ def test_the_ladder_saves_every_factor_as_it_ends(monkeypatch, on_gpu):
     monkeypatch.setattr(bench_ladder, "steps", lambda makers, _, *rest: measure.steps(makers, CUDA, *rest))
     monkeypatch.setattr(bench_ladder, "BUDGET", 0)
     whole = bench_ladder.factors(workload)
-    names = ["released recipe", "no calls without weight", "pool: one evaluation per sample"]
+    names = ["released recipe", "skip zero-weight passes", "pool: one evaluation per sample"]
     some = {name: whole[name] for name in names} | {names[1]: lambda: 1 / 0}
     monkeypatch.setattr(bench_ladder, "factors", lambda _: some)
-    with pytest.raises(RuntimeError, match=r"^no calls without weight failed: ZeroDivisionError: division by zero$"):
+    with pytest.raises(RuntimeError, match=r"^skip zero-weight passes failed: ZeroDivisionError: division by zero$"):
         bench_ladder.bench_ladder(lambda name, new, ceilings: rows.append((name, new, ceilings)))
     assert [(name, row["factor"]) for name, (row,), _ in rows] == [("ladder", names[0]), ("ladder", names[2])]
     first, last = (row for _, (row,), _ in rows)
@@ -153,7 +153,7 @@ def test_the_layout_is_a_factor_of_its_own(monkeypatch):
     workload = sd15(8).changed(train_batch_size=1)
     monkeypatch.setattr(bench_ladder, "ON_GPU", True)
     names = [*bench_ladder.factors(workload)]
-    assert names[names.index("compiled") - 1] == "channels last"
+    assert names[names.index("torch.compile") - 1] == "channels last"
     for loop, expected in ((workload, False), (replace(workload, channels_last=True), True)):
         student = loop.trainer().state.student
         convolutions = [weight for weight in student.trainable.values() if weight.ndim == 4 and weight.shape[-1] == 3]

@@ -1,4 +1,4 @@
-"""Results files, what is made of them, and that the README's tables are theirs."""
+"""Results files, what is made of them, and that the tables of README and docs are theirs."""
 
 import json
 import math
@@ -6,12 +6,14 @@ import re
 
 import pytest
 
-from benchmarks import compare, readme, report, results
-from benchmarks.plots import PLOTS
+from benchmarks import compare, pages, report, results
+from benchmarks.plots import PLOTS, records
 from benchmarks.tables import COUNTED, MEASURED, PREDICTED, PUBLISHED, TABLES, to_markdown
+from selfnpo.demo.config import CFG, SELF_NPO
+from selfnpo.demo.evaluation import load as load_evaluation
 from selfnpo.errors import UserError
 
-COMMITTED = readme.tracked()
+COMMITTED = pages.tracked()
 
 
 def a_row(milliseconds=10.0, noise=1.0, model="m"):
@@ -117,27 +119,40 @@ def test_what_a_comparison_refuses(saved, tmp_path):
         ((old,), "got 1 files; expected two"),
         ((old, tmp_path / "none.json"), "could not be read as JSON: .*No such file"),
         ((old, tmp_path / "text.json"), "could not be read as JSON"),
-        ((old, tmp_path / "list.json"), "is no results file; expected one of benchmarks/results"),
+        ((old, tmp_path / "list.json"), "is not a results file; expected one of benchmarks/results"),
     ):
         with pytest.raises(UserError, match=message):
             compare.main([str(each) for each in arguments])
 
 
-def test_the_readme_is_made_of_the_newest_results():
-    text = readme.README.read_text()
-    assert readme.generated(text) == text, "stale: run make readme-tables"
-    kinds = [match[2] for match in readme.BLOCK.finditer(text)]
-    assert kinds.count("table") >= 5
-    assert "picture" in kinds
-    assert "evaluation" in kinds
-    broken = re.sub(r"(\| compiled \| )", r"\g<1>9", text)
-    assert broken != text
-    assert readme.generated(broken) == text
+@pytest.mark.parametrize("page", pages.PAGES, ids=str)
+def test_pages_are_made_of_the_newest_results(page):
+    text = page.read_text()
+    assert pages.generated(page, text) == text, "stale: run make pages"
+    assert pages.BLOCK.search(text)
+    for begin, kind, _, content, _ in pages.BLOCK.findall(text):
+        broken = text.replace(begin + content, begin + f"\nno {kind}\n\n")
+        assert pages.generated(page, broken) == text
 
 
-def test_the_readme_has_no_other_tables_of_numbers():
-    rest = readme.BLOCK.sub("", readme.README.read_text())
-    for line in rest.splitlines():
+def test_the_readme_shows_one_ladder_and_one_roofline_and_no_table_of_numbers():
+    shown = [f"{kind} {what}" for _, kind, what, _, _ in pages.BLOCK.findall(pages.PAGES[0].read_text())]
+    assert shown == ["picture ladder", "picture ops"]
+
+
+def test_figures_in_the_readmes_sentences_are_those_of_the_results():
+    text = " ".join(pages.PAGES[0].read_text().split())
+    evaluation = load_evaluation(pages.EVALUATION)
+    ours, plain = (evaluation.estimate(arm, 2.0, "fd").mean for arm in (SELF_NPO, CFG))
+    assert f"{ours:.1f} instead of {plain:.1f} at `guidance_scale=2`" in text
+    (on_a_cpu,) = (path for path in pages.files() if results.load(path)["environment"]["gpu"] == "none")
+    *_, last = records(results.load(on_a_cpu), "ladder")
+    assert f"is {last['speed, x']:.1f} times as fast" in text
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=str)
+def test_no_other_tables_of_numbers(page):
+    for line in pages.BLOCK.sub("", page.read_text()).splitlines():
         if line.startswith("|"):
             assert not re.search(r"\d ?(ms|GB/s|%|hours)|\dx\b", line), line
 

@@ -264,12 +264,12 @@ def test_a_run_that_ran_out_is_advised_a_plan_smaller_than_the_device_and_its_ow
     quarter = "--train_batch_size 5 --gradient_accumulation_steps 4"
     for whole, expected in ((80 * GIB, half), (int(total(changed(config, quarter)) / 0.9) + 2, quarter)):
         memory_of(whole)
-        told = str(out_of_memory(config, Source(config), 1, CUDA, MemoryError(), "no checkpoint was taken before"))
+        told = str(out_of_memory(config, Source(config), 1, CUDA, MemoryError(), "no checkpoint was saved"))
         start = (
             f"out of memory on cuda:0 (MemoryError); by the counted plan these settings would fit: {expected} (counted 1."
         )
         assert told.startswith(start)
-        assert told.endswith(f" GiB); no checkpoint was taken before; {ALONE}")
+        assert told.endswith(f" GiB); no checkpoint was saved; {ALONE}")
     memory_of(whole=1 << 20)
     told = str(out_of_memory(config, Source(config), 1, CUDA, MemoryError(), CHECKPOINT))
     assert "; by the counted plan no settings of this model fit, the smallest plan is " in told

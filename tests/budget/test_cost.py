@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from benchmarks import published
+from runs import settings, start
 from selfnpo.budget.cost import EFFICIENCY, Flops, cost_lines, cost_of_compute, count_flops, predicted, step_flops
 from selfnpo.budget.meta import call_on_meta
 from selfnpo.config import TrainConfig
 from selfnpo.device import Meter, matmul_peak
+from selfnpo.export.run_cost import compute_cost
 from selfnpo.models import Source
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -217,11 +219,22 @@ def test_nvml_itself():
     assert report["gpu_utilisation"] is None or 0 <= report["gpu_utilisation"] <= 1
 
 
-@pytest.mark.parametrize(("device", "hours"), [(CUDA, "gpu_hours"), (CPU, "cpu_hours")])
-def test_cost_of_compute(device, hours):
-    assert cost_of_compute(device, seconds=1800, flops_done=1.8e17, peak=4e14) == {
-        hours: 0.5, "tflops": 100, "fraction_of_matmul_peak": 0.25, "matmul_peak_tflops": 400
+def test_cost_of_compute():
+    assert cost_of_compute(CUDA, seconds=1800, flops_done=1.8e17, peak=4e14) == {
+        "gpu_hours": 0.5, "tflops": 100, "fraction_of_matmul_peak": 0.25, "matmul_peak_tflops": 400
     }  # fmt: skip
+    assert cost_of_compute(CPU, seconds=1800, flops_done=1.8e17) == {"cpu_hours": 0.5, "tflops": 100}
+
+
+@pytest.mark.parametrize("fills_a_gpu", [False, True])
+def test_a_cpu_has_no_peak_and_predicts_only_for_models_that_fill_a_gpu(models, tmp_path, monkeypatch, fills_a_gpu):
+    trainer = start(settings(models("unconditional"), max_train_steps=1), tmp_path)
+    trainer.run()
+    flops = Flops(forward=10**12, training=10**12) if fills_a_gpu else Flops(10**6, 10**6)
+    cost = compute_cost(trainer.state, trainer.meter, flops)
+    assert cost["tflops"] > 0
+    assert ("predicted_gpu_hours" in cost) == fills_a_gpu
+    assert not [name for name in cost if "peak" in name]
 
 
 def test_predictions_assume_the_record():
@@ -230,8 +243,9 @@ def test_predictions_assume_the_record():
     assert hours == {"A100": pytest.approx(990 / 312), "H100": pytest.approx(1), "H200": pytest.approx(1)}
 
 
-def described(device: torch.device, seconds: float, tflops: float, peak_tflops: float, **others: object) -> str:
-    cost = cost_of_compute(device, seconds, tflops * 1e12 * seconds, peak_tflops * 1e12)
+def described(device: torch.device, seconds: float, tflops: float, peak_tflops: float | None, **others: object) -> str:
+    peak = None if peak_tflops is None else peak_tflops * 1e12
+    cost = cost_of_compute(device, seconds, tflops * 1e12 * seconds, peak)
     cost |= {"energy_wh": None, "gpu_utilisation": None} | others
     return cost_lines(json.loads(json.dumps(cost)))
 
@@ -247,9 +261,9 @@ def test_the_closing_line_on_a_gpu():
 
 def test_the_closing_lines_without_a_gpu():
     hours = {"A100": 0.0317, "H100": 0.01, "H200": 0.0001}
-    lines = described(CPU, 72, 0.2, 1 / 3, samples_per_second=8996.0, predicted_gpu_hours=hours)
+    lines = described(CPU, 72, 0.2, None, samples_per_second=8996.0, predicted_gpu_hours=hours)
     assert lines.splitlines() == [
-        "0.02 CPU-hours, 9000 samples/s, 200 GFLOP/s (60 % of the matmul peak measured in this run)",
+        "0.02 CPU-hours, 9000 samples/s, 200 GFLOP/s",
         "predicted at 31 % of peak: 0.0317 GPU-hours on an A100, 0.01 GPU-hours on an H100, 0.36 GPU-seconds on an H200",
     ]
 

@@ -6,7 +6,8 @@ import pytest
 from scipy import stats
 
 from selfnpo.config import TrainConfig
-from selfnpo.demo.evaluation import CFG, NONE, SEEDS, SELF_NPO, Estimate, Evaluation, evaluate
+from selfnpo.demo.config import CFG, NONE, SEEDS, SELF_NPO
+from selfnpo.demo.evaluation import Estimate, Evaluation, evaluate
 from selfnpo.demo.metrics import Metrics
 from selfnpo.evaluate import fine_tune
 from selfnpo.inputs.digits import halves

@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from benchmarks import readme
+from benchmarks import pages
 from selfnpo.demo import report
-from selfnpo.demo.evaluation import CFG, NONE, SEEDS, SELF_NPO, Estimate, Evaluation, load
+from selfnpo.demo.config import CFG, NONE, SEEDS, SELF_NPO
+from selfnpo.demo.evaluation import Estimate, Evaluation, load
 from selfnpo.demo.metrics import HIGHER_IS_BETTER, METRICS
 
-COMMITTED = load(readme.EVALUATION)
+COMMITTED = load(pages.EVALUATION)
 CELL = re.compile(r"(\(|\*\*|)([+-][\d.]+)(?: ± ([\d.]+))?(\)|\*\*|)")
 
 
@@ -122,7 +123,7 @@ def test_the_committed_evaluation_obeys():
 
 
 def test_the_committed_report_is_made_of_the_committed_values():
-    text = readme.EVALUATION.with_suffix(".md").read_text()
+    text = pages.EVALUATION.with_suffix(".md").read_text()
     for part in (
         report.explain(COMMITTED, one_negative=False),
         report.table(COMMITTED),
@@ -133,4 +134,4 @@ def test_the_committed_report_is_made_of_the_committed_values():
         report.CAVEATS,
     ):
         assert f"\n\n{part}\n\n" in text
-    assert report.difference_table(COMMITTED) in readme.README.read_text()
+    assert report.difference_table(COMMITTED) in pages.EVALUATION.with_name("README.md").read_text()

@@ -40,14 +40,14 @@ def refused(pipe):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"beta": 1.5}, "beta is 1.5; expected a value from 0 to 1 (force=True allows others that are finite)"),
+        ({"beta": 1.5}, "beta is 1.5; expected a value from 0 to 1 (force=True allows any finite value)"),
         ({"beta": -0.1}, "beta is -0.1; expected"),
         ({"beta": float("nan")}, "beta is nan; expected"),
         ({"beta": float("inf"), "force": True}, "beta is inf; expected"),
         ({"alpha": 2}, "alpha is 2; expected"),
-        ({"alpha": 0.5}, "alpha is 0.5, which is a share of the positive's offset; pass positive="),
+        ({"alpha": 0.5}, "alpha is 0.5, but it scales the offset of a positive; pass positive="),
         ({"mode": "twice"}, "mode is 'twice'; expected 'auto' or 'alternate'"),
-        ({"guidance_scale": 7.5}, "guidance_scale belongs to the call of StableDiffusionPipeline; pass it there"),
+        ({"guidance_scale": 7.5}, "StableDiffusionPipeline takes guidance_scale in its own call; pass it there"),
     ],
 )
 def test_options(refused, pipe, options, sentence):
@@ -109,12 +109,14 @@ def test_pipelines_that_guide_otherwise(refused, pipe):
 def test_a_pipeline_without_denoiser(refused, pipe):
     negative = pipe.unet
     empty = StableDiffusionPipeline(**{**pipe.components, "unet": None}, requires_safety_checker=False)
-    refused(negative, "StableDiffusionPipeline holds no unet and no transformer; expected a pipeline with a denoiser", empty)
+    refused(
+        negative, "StableDiffusionPipeline has neither a unet nor a transformer; expected a pipeline with a denoiser", empty
+    )
 
 
 def test_extrapolation_below_one(refused, models):
     pipe = CASES["DDPM"].pipe(models)
-    refused(pipe.unet, "guidance_scale is 1.0: the negative would do nothing; pass one above 1", pipe, guidance_scale=1.0)
+    refused(pipe.unet, "guidance_scale is 1.0: the negative would do nothing; use a value above 1", pipe, guidance_scale=1.0)
 
 
 def test_guidance_that_is_off(pipe):
@@ -159,7 +161,9 @@ def test_what_would_make_the_branches_wrong(pipe, tmp_path):
     for given in (negative, lora):
         with guide(pipe, given):
             pipe.fuse_qkv_projections()
-            with pytest.raises(UserError, match=r"are fused, past the negative; call pipe.unfuse_qkv_projections\(\)"):
+            with pytest.raises(
+                UserError, match=r"the fused projections of .* bypass the negative; call pipe.unfuse_qkv_projections\(\)"
+            ):
                 CASE.run(pipe)
             pipe.unfuse_qkv_projections()
             CASE.run(pipe)
@@ -169,7 +173,7 @@ def test_weights_for_a_quantised_denoiser(refused, pipe):
     layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     negative = changed(pipe.unet)
     layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
-    refused(negative, "of the unet is quantised, which the negative's weights are not; use a LoRA")
+    refused(negative, "of the unet is quantised, but the negative's weights are not; use a LoRA")
 
 
 def test_dora_is_no_low_rank_offset(refused, pipe, tmp_path):

@@ -39,16 +39,16 @@ def test_damaged_metadata(tmp_path, line):
 def test_a_damaged_caption(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"caption .*a.txt could not be read; expected a file of UTF-8 text"):
+    with pytest.raises(UserError, match=r"caption .*a.txt could not be read; expected UTF-8 text"):
         read_folder(tmp_path)
 
 
 def test_no_folder(tmp_path):
     (tmp_path / "a.txt").write_text("a caption alone")
     for path in (tmp_path / "absent", tmp_path / "a.txt"):
-        with pytest.raises(UserError, match="is no folder; expected one with images"):
+        with pytest.raises(UserError, match="is not a folder; expected a folder of images"):
             read_folder(path)
-    with pytest.raises(UserError, match=r"holds no images; expected files that end in .png, .jpg, .jpeg, .webp, .bmp"):
+    with pytest.raises(UserError, match=r"has no images; expected files that end in .png, .jpg, .jpeg, .webp, .bmp"):
         read_folder(tmp_path)
 
 
@@ -83,7 +83,7 @@ def test_sixteen_bits_are_scaled_rather_than_clipped(tmp_path):
 def test_one_channel_is_the_mean_of_the_colours(tmp_path):
     Image.new("RGB", (4, 4), (255, 0, 51)).save(tmp_path / "a.png")
     assert load_image(tmp_path / "a.png", 4, 4, channels=1).unique().item() == pytest.approx((1 - 1 - 0.6) / 3)
-    with pytest.raises(UserError, match="the model takes 4 channels, images give 1 or 3; pass --rollout pool"):
+    with pytest.raises(UserError, match="the model takes 4 channels, but images have 1 or 3; use --rollout pool"):
         load_image(tmp_path / "a.png", 4, 4, channels=4)
 
 

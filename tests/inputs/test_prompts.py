@@ -45,12 +45,12 @@ def test_json_lines(written):
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
-        ("p.txt", " \n\n", "p.txt holds no prompt; expected one a line, or --prompts none"),
-        ("p.txt", b"a\n\xff\xfe\n", "line 2 of .*p.txt is no UTF-8 text; convert the file to UTF-8"),
-        ("p.jsonl", '"a"\n\n{"prompt": \n', "line 3 of .*p.jsonl is no JSON: .*; expected one object a line"),
-        ("p.jsonl", '{"name": "a"}', "line 1 of .*p.jsonl holds no text under prompt, text, caption; expected one of them"),
-        ("p.jsonl", '{"prompt": 1, "text": "a"}', "line 1 of .* holds no text"),
-        ("p.jsonl", "[]", "line 1 of .* holds no text"),
+        ("p.txt", " \n\n", "p.txt has no prompts; expected one per line, or --prompts none"),
+        ("p.txt", b"a\n\xff\xfe\n", "line 2 of .*p.txt is not UTF-8 text; convert the file to UTF-8"),
+        ("p.jsonl", '"a"\n\n{"prompt": \n', "line 3 of .*p.jsonl is not valid JSON: .*; expected one object per line"),
+        ("p.jsonl", '{"name": "a"}', "line 1 of .*p.jsonl has no text under prompt, text, caption; expected one of them"),
+        ("p.jsonl", '{"prompt": 1, "text": "a"}', "line 1 of .* has no text"),
+        ("p.jsonl", "[]", "line 1 of .* has no text"),
     ],
 )
 def test_mistakes_in_files(written, name, text, sentence):
@@ -88,7 +88,7 @@ def test_the_training_split_or_the_only_one(tmp_path, written):
     written("test.csv", "a\nx\n")
     assert read_prompts("none", f"{tmp_path}:a") == ["x"]
     written("validation.csv", "a\ny\n")
-    with pytest.raises(UserError, match="has the splits validation, test; expected train, or one split alone"):
+    with pytest.raises(UserError, match="has the splits validation, test; expected train, or a single split"):
         read_prompts("none", f"{tmp_path}:a")
     written("train.csv", "a\nz\n")
     assert read_prompts("none", f"{tmp_path}:a") == ["z"]
@@ -98,12 +98,12 @@ def test_the_training_split_or_the_only_one(tmp_path, written):
     ("name", "text", "column", "sentence"),
     [
         ("p.csv", "a,b\nx,1\n", ":c", "has no column c; expected one of a, b"),
-        ("p.csv", "a,b\nx,1\n", ":b", "column b of dataset .*p.csv holds other things than text; choose another column"),
-        ("p.csv", "a,b\n,1\n", ":a", "p.csv:a holds no prompt"),
+        ("p.csv", "a,b\nx,1\n", ":b", "column b of dataset .*p.csv does not hold text; choose another column"),
+        ("p.csv", "a,b\n,1\n", ":a", "p.csv:a has no prompts"),
         ("p.csv", "a\nx\n", "", "prompt_dataset is .*p.csv; expected NAME:COLUMN, such as"),
         ("p.csv", "a\nx\n", ":", "expected NAME:COLUMN"),
         ("p.csv", "", ":a", "p.csv could not be loaded: No columns to parse"),
-        ("p.tsv", "a\nx\n", ":a", r"p.tsv is of an unknown kind; expected a file that ends in .csv, .json"),
+        ("p.tsv", "a\nx\n", ":a", r"p.tsv has an unknown file type; expected a file that ends in .csv, .json"),
     ],
 )
 def test_mistakes_with_datasets(written, name, text, column, sentence):

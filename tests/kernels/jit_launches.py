@@ -4,8 +4,10 @@ A pretended driver names the target, and `JITFunction.run(warmup=True)` binds, s
 what it would then launch. The interpreter specialises nothing, while on a GPU an argument 1 becomes a constant, which has no
 methods; and code that is compiled ahead of time has its argument types written by hand. Both miss what only the JIT does.
 
-Prints JSON: the launches that failed, with the error's last line, and registers and stack of every kernel that was compiled.
-Run it without TRITON_INTERPRET. Triton keeps what it compiled under TRITON_CACHE_DIR.
+`python tests/kernels/jit_launches.py 90` prints one line for each kernel: its variants, the registers per thread, and the
+bytes that are spilled to memory, as the machine code says it. Launches that fail follow, with the last line of their error,
+and the exit code is 1. `--json` prints the same for each variant, for tests. Run it without TRITON_INTERPRET. Triton keeps
+what it compiled under TRITON_CACHE_DIR.
 """
 
 import json
@@ -165,5 +167,24 @@ def main(architecture: int) -> dict:
     return {"launches": launches.count, "failures": failures, "kernels": kernels, "constants": constants}
 
 
+def table(found: dict) -> str:
+    """What `main` found, for people."""
+    variants = defaultdict(list)
+    for kernel in found["kernels"]:
+        variants[kernel["kernel"]].append(kernel)
+    lines = [f"{'kernel':26} variants  registers  bytes spilled"]
+    for name, kernels in sorted(variants.items()):
+        registers = [kernel["registers"] for kernel in kernels]
+        spilled = sum(kernel["spilled"] for kernel in kernels)
+        lines.append(f"{name:26} {len(kernels):8}  {f'{min(registers)} to {max(registers)}':>9}  {spilled:13}")
+    failures = [f"{call}: {error}" for call, error in found["failures"].items()]
+    return "\n".join([*lines, f"{found['launches']} launches, {len(failures)} failed", *failures])
+
+
 if __name__ == "__main__":
-    print(json.dumps(main(int(sys.argv[1]))))
+    architectures = [argument for argument in sys.argv[1:] if argument != "--json"]
+    if len(architectures) != 1 or not architectures[0].isdigit():
+        sys.exit(f"error: got {' '.join(architectures) or 'no architecture'}; expected one, for example 90")
+    found = main(int(architectures[0]))
+    print(json.dumps(found) if "--json" in sys.argv else table(found))
+    sys.exit(bool(found["failures"]))

@@ -1,8 +1,12 @@
 """What a wrong argument meets: one sentence that says what was got, what is expected and how to get there."""
 
+import re
+
+import numpy
 import pytest
 import torch
 
+import selfnpo_kernels
 from cases import inputs
 from selfnpo_kernels import cfg_combine, forward_jump, fused_adamw_, guided_step, philox_normal, tweedie, x0_loss
 
@@ -87,11 +91,140 @@ def adamw(**change):
             {name: [torch.zeros(3, 1).expand(3, 4)] for name in ("params", "exp_avgs", "exp_avg_sqs")},
             "row-major or channels last",
         ),
-        ({"step": torch.tensor(1.0)}, "step as torch.float32.*expected one torch.int64"),
+        ({"step": torch.tensor(1.0)}, "step as a torch.float32 tensor.*expected one torch.int64"),
         ({"step": torch.tensor(0)}, "step = 0; expected 1 or more"),
-        ({"lr": torch.zeros(2)}, r"lr as torch.float32 \(2,\)"),
+        ({"step": 0}, "step = 0; expected 1 or more"),
+        ({"lr": torch.zeros(2)}, "lr as a torch.float32 tensor of 2 elements"),
+        ({"params": torch.zeros(3, 4)}, r"params of type Tensor; expected a list of tensors, for example \[params\]"),
+        ({"params": iter([torch.zeros(3, 4)])}, r"expected a list of tensors, for example list\(params\)"),
+        ({"betas": 0.9}, "betas = 0.9; expected two numbers"),
+        ({"betas": (0.9,)}, r"betas = \(0.9,\); expected two numbers"),
     ],
 )
 def test_a_wrong_argument_of_the_optimizer_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         adamw(**change)
+
+
+def keywords(op: str) -> dict:
+    """A right call of an op, every argument by its name."""
+    t = inputs((3, 4, 5))
+    noise = {"seed": 1, "step": 2, "site": 3, "sample_ids": t.ids}
+    high, low = selfnpo_kernels.split_weights(t.sample)
+    halves = {
+        "params": [high], "lows": [low], "grads": [t.cond], "exp_avgs": [t.cond], "exp_avg_sqs": [t.cond.square()],
+        "emas": [high.clone()], "ema_lows": [low.clone()],
+    }  # fmt: skip
+    return {
+        "tweedie": {"sample": t.sample, "model_output": t.cond, "rows": t.rows[:, :2]},
+        "guided_step": {
+            "sample": t.sample, "cond": t.cond, "uncond": t.uncond, "guidance_scale": 2.0, "rows": t.rows,
+        },
+        "forward_jump": {"sample": t.sample, "rows": t.rows[:, :2]} | noise,
+        "philox_normal": {"shape": (3, 4), "dtype": torch.float32} | noise,
+        "philox_uniform": noise,
+        "cfg_combine": {"model_output": t.batched, "guidance_scale": 2.0, "guidance_rescale": 0.5},
+        "x0_loss": {
+            "model_output": t.cond, "sample": t.sample, "target": t.target, "rows": t.rows[:, :3], "kind": "huber",
+            "huber_c": 0.1,
+        },
+        "fused_adamw_": halves | {"step": 1, "lr": 0.1, "grad_scale": 0.5, "betas": (0.9, 0.99), "eps": 1e-8,
+            "weight_decay": 0.1, "ema_decay": 0.9},
+        "split_weights": {"weights": t.sample},
+        "join_weights": {"high": high, "low": low},
+    }[op]  # fmt: skip
+
+
+OPS = sorted(set(selfnpo_kernels.__all__) - {"backend"})
+OPTIONAL = {"uncond", "lows", "emas", "ema_lows", "grad_scale"} | {("philox_normal", "sample_ids")}
+ARGUMENTS = [(op, name) for op in OPS for name in keywords(op)]
+TENSORS = [(op, name) for op, name in ARGUMENTS if isinstance(keywords(op)[name], torch.Tensor)]
+NUMBERS = [(op, name) for op, name in ARGUMENTS if isinstance(keywords(op)[name], int | float)]
+LISTS = [(op, name) for op, name in ARGUMENTS if isinstance(keywords(op)[name], list)]
+
+
+@pytest.mark.parametrize("wrong", ["list", "array", "number", "text", "None"])
+@pytest.mark.parametrize(("op", "name"), TENSORS)
+def test_what_is_no_tensor_is_named(op, name, wrong):
+    right = keywords(op)
+    value = right[name]
+    array = value.float().numpy()
+    right[name] = {"list": value.tolist(), "array": array, "number": 1.0, "text": "tensor", "None": None}[wrong]
+    if wrong == "None" and {name, (op, name)} & OPTIONAL:
+        getattr(selfnpo_kernels, op)(**right)
+        return
+    message = f"{op} got {name} of type {type(right[name]).__name__}; expected a tensor"
+    with pytest.raises(ValueError, match=message) as caught:
+        getattr(selfnpo_kernels, op)(**right)
+    if wrong in ("list", "array"):  # the remedy works
+        right[name] = torch.as_tensor(right[name]).to(value.dtype)
+        assert f"torch.as_tensor({name})" in str(caught.value)
+        getattr(selfnpo_kernels, op)(**right)
+
+
+@pytest.mark.parametrize("wrong", ["2", [2], None, 2j, numpy.ones(2), float("nan"), 10**400])
+@pytest.mark.parametrize(("op", "name"), NUMBERS)
+def test_what_is_no_number_is_named(op, name, wrong):
+    if wrong is None and name in OPTIONAL:
+        pytest.skip("None means that there is none")
+    with pytest.raises(ValueError, match=rf"{op} got {name} .*; expected ") as caught:
+        getattr(selfnpo_kernels, op)(**keywords(op) | {name: wrong})
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("op", "name"), NUMBERS)
+def test_numbers_of_numpy_are_numbers(op, name):
+    right = keywords(op)
+    kind = numpy.int64 if isinstance(right[name], int) else numpy.float32
+    getattr(selfnpo_kernels, op)(**right | {name: kind(right[name])})
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, name in NUMBERS if name in ("seed", "step", "site")])
+def test_a_fraction_counts_nothing(op, name):
+    with pytest.raises(ValueError, match=rf"{op} got {name} = 1.5; expected an integer"):
+        getattr(selfnpo_kernels, op)(**keywords(op) | {name: 1.5})
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize(("op", "name"), LISTS)
+def test_what_is_no_tensor_in_a_list_is_named(op, name, index):
+    right = {key: value * 2 if isinstance(value, list) else value for key, value in keywords(op).items()}
+    for wrong in (right[name][index].float().numpy(), right[name][index].tolist(), None):
+        change = {name: [*right[name][:index], wrong, *right[name][index + 1 :]]}
+        message = f"got {name}[{index}] of type {type(wrong).__name__}; expected a tensor"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            getattr(selfnpo_kernels, op)(**right | change)
+
+
+@pytest.mark.parametrize("shape", [7, "ab", (2.5,), None, [None]])
+def test_a_shape_that_is_none_is_named(shape):
+    with pytest.raises(ValueError, match=r"philox_normal got shape.*; expected"):
+        philox_normal(shape, 0)
+
+
+def test_the_optimizer_takes_numbers_in_the_place_of_tensors():
+    results = []
+    for number in (lambda value, dtype: value, lambda value, dtype: torch.tensor(value, dtype=dtype)):
+        right = keywords("fused_adamw_")
+        scalars = {name: number(value, torch.float32) for name, value in {"lr": 0.1, "grad_scale": 0.5}.items()}
+        fused_adamw_(**right | scalars | {"step": number(3, torch.int64)})
+        results.append(selfnpo_kernels.join_weights(right["params"][0], right["lows"][0]))
+    assert results[0].equal(results[1])
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "message"),
+    [
+        (
+            "split_weights",
+            {"weights": torch.zeros(3).double()},
+            "weights of torch.float64; expected torch.float32",
+        ),
+        ("join_weights", {"low": torch.zeros(3)}, "low of torch.float32; expected torch.int16"),
+        ("philox_uniform", {"sample_ids": torch.zeros(2, 2)}, r"sample_ids \(2, 2\) of torch.float32; expected \[B\]"),
+        ("philox_normal", {"dtype": "float32"}, "dtype float32; expected a floating point one of torch"),
+    ],
+)
+def test_a_tensor_of_another_kind_is_named(op, change, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(selfnpo_kernels, op)(**keywords(op) | change)

@@ -1,7 +1,6 @@
-"""python -m selfnpo.sample --output_dir: one file per image, which says what it is, and a second call that goes on."""
+"""python -m selfnpo.sample --output_dir: one file per image, which says how it was made."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from PIL import Image
 
 from commands import call
 from fine_tunes import fine_tune
-from selfnpo import sample as command
 from selfnpo.models import ModelOptions, load_negative, load_pretrained
 from selfnpo.sampling import folder
 from selfnpo.sampling.ddim import ddim_sample, noise_of
@@ -51,7 +49,7 @@ def pixels(path):
 def test_equal_names_in_two_folders_with_everything_about_them(write, tmp_path, models):
     flags = ("--prompts", "prompts.txt", "--guidance_scale", 3, "--beta", 0.5, "--seed", 7, "--batch_size", 2)
     assert write(*flags, family="stable_diffusion") == 0
-    names = ["000000.png", "000001.png", "000002.png"]
+    names = ["0000.png", "0001.png", "0002.png"]
     both = [f"{kind}/{name}" for kind in ("cfg", "negative") for name in names]
     assert files(tmp_path) == [*both, "prompts.jsonl", "samples.json"]
     lines = (tmp_path / "out" / "prompts.jsonl").read_text().splitlines()
@@ -93,58 +91,29 @@ def test_an_image_is_the_same_in_whichever_batch_and_as_in_a_sheet(write, tmp_pa
     for kind, model in (("cfg", None), ("negative", negative)):
         samples = ddim_sample(base, noise_of(base, index, 0), index % base.num_conditions, 2.0, model, None, STEPS)
         for number, expected in enumerate(to_bytes(decode_samples(base, samples)).numpy()):
-            got = pixels(tmp_path / "out" / kind / f"{number:06}.png")
+            got = pixels(tmp_path / "out" / kind / f"{number:04}.png")
             assert np.abs(got.astype(int) - expected).max() <= 1
 
 
-def test_a_second_call_goes_on(write, tmp_path, capsys):
-    assert write("--num_images", 4) == 0
-    out = tmp_path / "out"
-    before = {name: pixels(out / name) for name in files(tmp_path) if name.endswith(".png")}
-    written = (out / "cfg" / "000002.png").stat().st_mtime_ns
-    (out / "cfg" / "000000.png").unlink()
-    (out / "negative" / "000003.png").unlink()
-    capsys.readouterr()
-    assert write("--num_images", 5, "--batch_size", 3) == 0
-    assert "5 samples each in cfg/, negative/ (6 were there already)" in capsys.readouterr().out
-    assert len(files(tmp_path)) == 2 * 5 + 2
-    assert (out / "cfg" / "000002.png").stat().st_mtime_ns == written
-    for name, image in before.items():
-        assert np.abs(pixels(out / name).astype(int) - image).max() <= 1
-    assert len((out / "prompts.jsonl").read_text().splitlines()) == 5
-
-
-def test_nothing_is_loaded_where_everything_is_there(write, capsys, monkeypatch):
+def test_samples_are_replaced_only_if_asked(write, tmp_path, capsys, monkeypatch):
     assert write("--num_images", 2) == 0
-    monkeypatch.setattr(command, "load_pretrained", None)
-    assert write("--num_images", 2) == 0
-    assert "nothing to do: out already holds all 2 samples of every method" in capsys.readouterr().out
-
-
-def test_other_settings_are_refused_unless_asked(write, tmp_path, capsys):
-    assert write("--num_images", 2) == 0
-    (tmp_path / "out" / "cfg" / "scores.txt").write_text("mine")
+    for name in ("cfg/scores.txt", "reference/0000.png"):
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_text("mine")
     before = files(tmp_path)
-    for flags, sentence in (
-        (("--seed", 1), "out holds samples made with seed 0, now it is 1; choose another folder, or pass --overwrite"),
-        (("--guidance_scale", 2), "made with guidance_scale 4.0, now it is 2"),
-        (("--prompt", 1), "made with other prompts"),
-    ):
-        assert write("--num_images", 2, *flags) == 2
-        assert sentence in capsys.readouterr().err
-        assert files(tmp_path) == before
+    with monkeypatch.context() as patch:
+        patch.setattr("selfnpo.models.load_pretrained", None)
+        assert write("--num_images", 2) == 2
+    assert "output_dir out exists and is not empty; choose another, pass --overwrite" in capsys.readouterr().err
+    assert files(tmp_path) == before
     assert write("--num_images", 1, "--seed", 1, "--guidance_scales", 2, 3, "--overwrite") == 0
-    expected = [f"{kind}/000000.png" for kind in ("cfg_scale-2", "cfg_scale-3", "negative_scale-2_beta-1")]
-    kept = "cfg/scores.txt"
-    assert files(tmp_path) == [kept, *expected, "negative_scale-3_beta-1/000000.png", "prompts.jsonl", "samples.json"]
-
-
-def test_a_negative_that_was_trained_again_is_another_one(write, tmp_path, capsys):
-    assert write("--num_images", 1) == 0
-    (weights,) = (tmp_path / "class_conditional-negative").glob("*.safetensors")
-    os.utime(weights, (1e9, 1e9))
-    assert write("--num_images", 1) == 2
-    assert "made with negative_modified 20" in capsys.readouterr().err
+    made = [
+        f"{kind}_scale-{scale}{beta}/0000.png" for kind, beta in (("cfg", ""), ("negative", "_beta-1")) for scale in (2, 3)
+    ]
+    assert files(tmp_path) == ["cfg/scores.txt", *made, "prompts.jsonl", "reference/0000.png", "samples.json"]
+    assert not (tmp_path / "out" / "negative").exists()
+    record = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert (record["seed"], record["guidance_scale"], record["beta"]) == (1, [2, 3], [1])
 
 
 def test_a_folder_of_other_things_is_never_touched(write, tmp_path, capsys):
@@ -181,10 +150,3 @@ def test_names_of_folders():
     names = {Method(3.0): "cfg_scale-3", methods[1]: "negative_scale-3_beta-0.5", methods[2]: "negative_scale-3_beta-1"}
     assert folder.folder_names(methods, False) == names
     assert list(folder.folder_names([Method(1.0), Method(2.0, 1.0)], True).values()) == ["positive", "negative"]
-
-
-def test_a_broken_record_is_no_record(write, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "samples.json").write_text("[1")
-    assert write() == 2
-    assert "holds no samples.json" in capsys.readouterr().err

@@ -82,10 +82,10 @@ def grows(trainer):
     ("break_", "reason"),
     [
         (rereads, "_local_scalar_dense reads a value from the device"),
-        (draws, "randn draws random numbers that the host counts"),
+        (draws, "randn draws random numbers from a generator that the host advances"),
         (counts_on_the_host, "add takes 1, then 2"),
         (moves, "add finds its operand at another address"),
-        (copies, "lift_fresh makes a tensor from values of the host"),
+        (copies, "lift_fresh makes a tensor from values on the host"),
         (grows, "floor_divide in one step is add in the next"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from runs import RANKS, assert_same_state, settings, start
-from selfnpo.config import dtype_of
+from selfnpo.device import dtype_of
 from selfnpo.training.optimizer import moment_bytes
 
 

@@ -84,7 +84,7 @@ def test_no_more_prompts_are_encoded_than_can_be_drawn(models, tmp_path, capsys,
     config = settings(models("stable_diffusion"), prompts=str(tmp_path / "prompts.txt"), rollout=rollout)
     prompts = read_data(config, Source(config)).prompts
     assert prompts == [f"cat number {index * 100 // used}" for index in range(used)]
-    assert f"note: {used} of the 100 prompts are used" in capsys.readouterr().out
+    assert f"note: only {used} of the 100 prompts are used" in capsys.readouterr().out
     assert len(read_data(replace(config, max_train_steps=1000), Source(config)).prompts) == 100
 
 

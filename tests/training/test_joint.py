@@ -322,7 +322,7 @@ def test_what_a_pair_cannot_do():
         with pytest.raises(TypeError, match="would write both halves of a pair into one tensor"):
             write()
 
-    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(TypeError, match="takes a pair for one tensor"):
+    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(TypeError, match="would treat a pair as one tensor"):
         torch.relu(both)
 
 

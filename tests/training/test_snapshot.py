@@ -158,7 +158,7 @@ def test_what_cannot_be_pruned_stays_with_a_note(demo, tmp_path, capsys):
     (tmp_path / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
     assert trainer_of(demo, tmp_path).run() == "completed"
     said = "".join(capsys.readouterr())
-    assert f"note: {tmp_path / 'checkpoint-1'} is one too many and could not be deleted: Cannot call rmtree" in said
+    assert f"note: the old checkpoint {tmp_path / 'checkpoint-1'} could not be deleted: Cannot call rmtree" in said
 
 
 def test_what_is_given_up_leaves_nothing_and_harms_nothing(demo, tmp_path, gate):
@@ -189,7 +189,7 @@ def test_without_memory_for_a_copy_training_waits_and_the_checkpoint_is_the_same
     assert_same_state(beside, waiting)
     one, other = (tmp_path / name / "checkpoint-8" / "state.safetensors" for name in ("beside", "waiting"))
     assert one.read_bytes() == other.read_bytes()
-    assert capsys.readouterr().out.count("note: the training waits while a checkpoint is written") == 1
+    assert capsys.readouterr().out.count("note: training pauses while a checkpoint is written") == 1
 
 
 def test_free_memory_of_the_host(tmp_path, monkeypatch):
@@ -250,8 +250,8 @@ def test_a_run_that_diverges_says_what_became_of_the_checkpoint_too(demo, tmp_pa
     monkeypatch.setattr(checkpoint, "write_tensors", no_space)
     trainer.train_step()
     trainer._checkpoint()
-    assert trainer.last_checkpoint().startswith("no checkpoint was taken before; ")
-    assert trainer.last_checkpoint() == "no checkpoint was taken before"
+    assert trainer.last_checkpoint().startswith("no checkpoint was saved; ")
+    assert trainer.last_checkpoint() == "no checkpoint was saved"
 
 
 def test_by_default_a_checkpoint_is_due_by_minutes_of_training(demo, tmp_path):

@@ -1,6 +1,7 @@
 """How reference and student share a step: what is possible, what is chosen, and that nothing else changes."""
 
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, repeat
@@ -135,7 +136,7 @@ def test_measuring_leaves_no_trace_and_a_resumed_run_keeps_its_strategy(models, 
     ("changes", "reason"),
     [
         ({}, ""),
-        ({"rollout": "data"}, "rollout is data, whose batches change their size"),
+        ({"rollout": "data"}, "rollout is data, whose batches vary in size"),
         ({"low_vram": True}, "low_vram keeps weights or prompts on the host"),
         ({"use_8bit_adam": True}, "use_8bit_adam counts its steps on the host"),
         ({"mixed_precision": "fp16"}, "mixed_precision is fp16"),
@@ -159,10 +160,16 @@ def test_settings_that_cannot_be_captured(changes, reason):
         (["--tandem", "shared"], "tandem is shared, which needs a LoRA (--rank), rollout pool"),
         (["--compile", "--low_vram"], "compile and low_vram are both on"),
         (["--compile", "--attention", "xformers"], "compile is on with attention xformers"),
+        (["--attention", "xformers"], "attention is xformers, which cannot run here: "),
+        (["--use_8bit_adam"], "use_8bit_adam needs the package bitsandbytes; run pip install 'selfnpo[bitsandbytes]'"),
+        (["--report_to", "tensorboard"], "which is not installed; run pip install 'selfnpo[tensorboard]'"),
+        (["--report_to", "wandb"], "which is not installed; run pip install 'selfnpo[wandb]'"),
     ],
 )
 def test_impossible_settings_are_said_before_weights_load(tmp_path, capsys, monkeypatch, flags, message):
     monkeypatch.delattr("selfnpo.train.load_base")
+    for package in ("xformers", "bitsandbytes", "tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)
     assert call("train", "--output_dir", tmp_path / "run", *flags) == 2
     told = capsys.readouterr().err
     assert message in told

@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from selfnpo.errors import UserError
 from selfnpo.inputs.digits import halves
 from selfnpo.models import DEMO_FOLDER
 from selfnpo.output import list_checkpoints
-from selfnpo.training.trainer import Trainer
+from selfnpo.training.trainer import Trainer, resume_command
 
 
 def train(config, demo, output_dir=None):
@@ -98,7 +100,7 @@ def test_another_run_cannot_resume_a_checkpoint(demo, tmp_path, change, message)
 
 
 def test_nothing_to_resume(demo, tmp_path):
-    with pytest.raises(UserError, match="holds no intact checkpoint; start without"):
+    with pytest.raises(UserError, match="has no intact checkpoint; start without"):
         Trainer(replace(SHORT, resume_from_checkpoint="latest"), demo, tmp_path)
 
 
@@ -236,23 +238,52 @@ def test_the_loss_falls_on_a_fixed_batch(demo):
 RUN = ["--pretrained_model_name_or_path", str(DEMO_FOLDER), "--train_batch_size", "16", "--checkpointing_steps", "5"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_marked_resumable_run_and_no_traceback(tmp_path, monkeypatch, capsys, number):
-    step, output = Trainer.train_step, tmp_path / "run"
+def interrupt_after_step(monkeypatch, number: int, at: int) -> None:
+    step = Trainer.train_step
 
     def interrupted(trainer):
-        if trainer.state.step == 7:
+        if trainer.state.step == at - 1:
             os.kill(os.getpid(), number)
         return step(trainer)
 
     monkeypatch.setattr(Trainer, "train_step", interrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_marked_resumable_run_and_no_traceback(tmp_path, monkeypatch, capsys, number):
+    output = tmp_path / "run"
+    interrupt_after_step(monkeypatch, number, 8)
     assert call("train", *RUN, "--output_dir", output) == 130
     said = capsys.readouterr()
-    assert "interrupted after step 8; continue with --resume_from_checkpoint latest" in said.out
+    assert "interrupted after step 8; continue with\n  python -m selfnpo.train --config " in said.out
     assert "Traceback" not in said.err
     assert json.loads((output / "metrics.json").read_text())["status"] == "interrupted"
     assert not (output / "negative").exists()
     assert [path.name for path in list_checkpoints(output)] == ["checkpoint-5", "checkpoint-8"]
+
+
+def test_the_command_that_is_printed_goes_on_with_the_run(models, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "a run"  # to be quoted
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    flags = (
+        "--pretrained_model_name_or_path", models("stable_diffusion"), "--prompts", tmp_path / "prompts.txt", "--rank", 2,
+        "--max_train_steps", 4, "--train_batch_size", 2, "--pool_size", 1, "--num_inference_steps", 10,
+        "--output_dir", output,
+    )  # fmt: skip
+    with monkeypatch.context() as patched:
+        interrupt_after_step(patched, signal.SIGINT, 2)
+        assert call("train", *flags) == 130
+    command = capsys.readouterr().out.splitlines()[-1]
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "selfnpo.train"]
+    assert call("train", *words[3:]) == 0
+    assert json.loads((output / "metrics.json").read_text())["cost"]["steps"] == 4
+    assert (output / "negative" / "negative_kohya.safetensors").is_file()
+
+
+def test_the_command_that_goes_on_uploads_too():
+    config = TrainConfig(output_dir=Path("out"), push_to_hub=True, hub_model_id="me/negative")
+    assert resume_command(config).endswith("--resume_from_checkpoint latest --push_to_hub --hub_model_id me/negative")
 
 
 # A run that is done only when it is killed.
@@ -260,7 +291,7 @@ ENDLESS = """
 import time
 from selfnpo import train
 train.finish = lambda *args: time.sleep(600)
-train.main(train.parse_config())
+train.command()
 """
 
 

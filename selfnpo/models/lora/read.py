@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from selfnpo.errors import UserError, first_line
-from selfnpo.models.origin import SINGLE_FILE, ModelOptions, find, refuse_unsafe
+from selfnpo.models.origin import SINGLE_FILE, find, refuse_unsafe
+from selfnpo.options import ModelOptions
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 ADAPTER = "selfnpo"

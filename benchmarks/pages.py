@@ -1,6 +1,6 @@
-"""python -m benchmarks.readme: the tables of README.md, from results files and docs/evaluation/evaluation.json.
+"""python -m benchmarks.pages: the tables and pictures of README.md and docs/, from results files and the evaluation's.
 
-A table lies between two comments, of which the first says what it shows:
+A generated part is enclosed by two comments. The first one says what it shows:
 
     <!-- table ladder; columns: step, speed; rows: full -->
     <!-- picture ladder -->
@@ -9,10 +9,11 @@ A table lies between two comments, of which the first says what it shows:
     ...
     <!-- end -->
 
-`columns` are shown besides those that name rows, by default all; `rows` are those that have the text in one of their names.
-Of every device the newest file under version control is taken, GPUs first.
+`columns` lists the columns to show in addition to those that name rows; the default is all. `rows` keeps rows with this text
+in one of their names. For every device the newest file under version control is used, GPUs first.
 """
 
+import os
 import re
 from itertools import groupby
 from pathlib import Path
@@ -26,24 +27,25 @@ from selfnpo.demo.report import difference_table
 from selfnpo.files import write_text
 
 ROOT = Path(__file__).parents[1]
-README, EVALUATION = ROOT / "README.md", ROOT / "docs" / "evaluation" / "evaluation.json"
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "kernels.md", "evaluation/README.md"))]
+EVALUATION = ROOT / "docs" / "evaluation" / "evaluation.json"
 BLOCK = re.compile(r"(<!-- (table|picture|reports|evaluation)(?: ([^\n]*?))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def tracked() -> list[Path]:
-    """The results files under version control; of a copy without it, all."""
+    """The results files under version control, or all of them in a copy without git."""
     listed = git("ls-files", "benchmarks/results/*.json")
     return sorted(RESULTS.glob("*/*.json") if listed == UNKNOWN else map(ROOT.joinpath, listed.splitlines()))
 
 
 def files() -> list[Path]:
-    """One per device."""
+    """The newest results file of each device."""
     devices = groupby(tracked(), key=lambda path: path.parent)
     found = [newest([*paths]) for _, paths in devices]
     return sorted(found, key=lambda path: load(path)["environment"]["gpu"] == "none")
 
 
-def table(wanted: str) -> str:
+def table(wanted: str, page: Path) -> str:
     name, *options = (part.strip() for part in wanted.split(";"))
     settings = dict(option.split(": ", 1) for option in options)
     parts = []
@@ -56,35 +58,41 @@ def table(wanted: str) -> str:
     return "\n\n".join(parts)
 
 
-def picture(name: str) -> str:
+def _link(path: Path, page: Path) -> str:
+    return Path(os.path.relpath(path, page.parent)).as_posix()
+
+
+def picture(name: str, page: Path) -> str:
     found = ((path, load(path)["tables"].get(name)) for path in files())
     return "\n\n".join(
-        f"![{each['title']}]({path.relative_to(ROOT).with_name(f'{path.stem}-{name}.png')})" for path, each in found if each
+        f"![{each['title']}]({_link(path.with_name(f'{path.stem}-{name}.png'), page)})" for path, each in found if each
     )
 
 
-def reports(_: str) -> str:
-    paths = [path.relative_to(ROOT).with_suffix(".md") for path in files()]
-    return "\n".join(f"- [{load(ROOT / path.with_suffix('.json'))['environment']['device']}]({path})" for path in paths)
+def reports(_: str, page: Path) -> str:
+    return "\n".join(
+        f"- [{load(path)['environment']['device']}]({_link(path.with_suffix('.md'), page)})" for path in files()
+    )
 
 
-def evaluation(_: str) -> str:
+def evaluation(_: str, page: Path) -> str:
     return difference_table(load_evaluation(EVALUATION))
 
 
-def generated(text: str) -> str:
-    """`text` with its tables made anew."""
+def generated(page: Path, text: str) -> str:
+    """`text` of a page with its tables and pictures regenerated."""
     makers = {"table": table, "picture": picture, "reports": reports, "evaluation": evaluation}
 
     def replaced(match: re.Match[str]) -> str:
         begin, kind, wanted, _, end = match.groups()
-        return f"{begin}\n{makers[kind](wanted or '')}\n\n{end}"
+        return f"{begin}\n{makers[kind](wanted or '', page)}\n\n{end}"
 
     return BLOCK.sub(replaced, text)
 
 
 def main() -> None:
-    write_text(README, generated(README.read_text()))
+    for page in PAGES:
+        write_text(page, generated(page, page.read_text()))
 
 
 if __name__ == "__main__":

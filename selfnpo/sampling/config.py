@@ -1,0 +1,84 @@
+"""The settings of `python -m selfnpo.sample`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from selfnpo.errors import UserError
+from selfnpo.options import NONE, MixOptions, ModelOptions, Precision, SampleOptions
+
+RECORD = "samples.json"  # marks a folder as one of single samples
+ON_A_SHEET = 1000  # images of a method that a contact sheet shows at most
+
+
+@dataclass(frozen=True)
+class SampleConfig(MixOptions, SampleOptions, ModelOptions):
+    """Sample with and without a negative model: a contact sheet, or with --output_dir one file per image. Several guidance
+    scales or betas make a sweep."""
+
+    prompt: tuple[str, ...] = ()
+    """What to sample, cycled over the images: prompts, or class numbers. By default every class, or the empty prompt."""
+    prompts: str = NONE
+    """File with one prompt (or class number) a line, or .jsonl, as for training; in place of --prompt."""
+    beta: Annotated[tuple[float, ...], arg(aliases=("--betas",))] = (1.0,)
+    """Strength of the negative: its share of delta. Several make a sweep."""
+    guidance_scale: Annotated[tuple[float, ...], arg(aliases=("--guidance_scales",))] = ()
+    """Guidance scale as in diffusers, where 1 means no guidance; by default the usual one of the model's family. Several
+    make a sweep."""
+    num_images: int | None = None
+    """Images, or videos, per method. By default one per prompt, in a contact sheet at least 4 (80 of the demo, 10 in its
+    sweeps, 1 video)."""
+    batch_size: int | None = None
+    """Images per forward pass; by default the family's batch size in training."""
+    mixed_precision: Precision = "auto"
+    """Arithmetic of the networks; auto is bf16 on GPUs that have it and no (float32) elsewhere."""
+    num_inference_steps: int = 25
+    """DDIM steps."""
+    seed: int = 0
+    """Seed of the noise: image number i always starts from the noise of (seed, i)."""
+    fps: int = 8
+    """Frames per second of a video."""
+    output: Path | None = None
+    """Contact sheet to write: .png, of videos also .gif or .mp4. By default samples.png (samples.gif of videos), or
+    samples-2.png and so on where that exists."""
+    output_dir: Path | None = None
+    """Write one file per image into this folder instead: cfg/0000.png, negative/0000.png and so on."""
+    video_format: Literal["gif", "mp4"] | None = None
+    """Format of the videos in output_dir; by default gif."""
+    overwrite: bool = False
+    """Replace what exists: the output, or the samples in output_dir."""
+
+    @property
+    def is_sweep(self) -> bool:
+        return len(self.guidance_scale) > 1 or len(self.beta) > 1
+
+
+def check(config: SampleConfig) -> None:
+    most = ON_A_SHEET if config.output_dir is None else 1_000_000
+    for name, low, high in (
+        ("num_images", 1, most),
+        ("batch_size", 1, 10_000),
+        ("seed", 0, 2**63 - 1),
+        ("fps", 1, 60),
+    ):
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            more = "; --output_dir takes more" if (name, high) == ("num_images", ON_A_SHEET) and value > high else ""
+            raise UserError(f"{name} is {value}; expected a value from {low} to {high}{more}")
+    for scale in config.guidance_scale:
+        if not 1 < scale <= 100:
+            raise UserError(
+                f"guidance_scale is {scale}; expected a value above 1 and up to 100, since at 1 there is no guidance and "
+                "the negative would do nothing"
+            )
+    for name, values in (("beta", config.beta), ("guidance_scale", config.guidance_scale)):
+        if len(set(values)) < len(values):
+            raise UserError(f"{name} is {' '.join(map(str, values))}; expected different values")
+    if not config.beta:
+        raise UserError("beta is empty; expected one or more values, such as 0.5 1")
+    config.check_shares(config.beta)
+    for one, other in (("prompt", "prompts"), ("output", "output_dir")):
+        if all(getattr(config, name) not in (None, (), NONE) for name in (one, other)):
+            raise UserError(f"{one} and {other} are both given; leave one of the two out")

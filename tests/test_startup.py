@@ -1,0 +1,115 @@
+"""Help and mistakes are answered before anything slow is imported, in one sentence."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from selfnpo.__main__ import COMMANDS
+from selfnpo.models import DEMO_FOLDER, FAMILIES
+from selfnpo.models.source import DENOISERS
+
+SLOW = ("torch", "diffusers", "transformers", "peft", "sklearn", "matplotlib")
+# Runs a command as `python -m` does, and says what it has imported.
+SCRIPT = """
+import atexit, runpy, sys
+sys.argv = ["selfnpo", *sys.argv[1:]]
+atexit.register(lambda: print("imported:", *(name for name in {slow} if name in sys.modules), file=sys.stderr))
+runpy.run_module("selfnpo", run_name="__main__")
+"""
+
+
+def selfnpo(*arguments: object, code: str = SCRIPT.format(slow=SLOW), **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_needs_no_pytorch(command):
+    done = selfnpo(command, "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: selfnpo {command} [-h]")
+    assert done.stderr == "imported:\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "usage: selfnpo COMMAND"),
+        (("--help",), "usage: selfnpo COMMAND"),
+        (("--version",), "selfnpo 0."),
+        (("trian",), "there is no command 'trian'; did you mean train?"),
+        (("fly",), "there is no command 'fly'; expected one of train, sample, merge, evaluate, env"),
+        (("train", "--learning_rat", "1"), "there is no flag --learning_rat; did you mean --learning_rate?"),
+        (("train", "--network-dims", "1"), "there is no flag --network-dims; did you mean --network_dim?"),
+        (("sample", "--guidance", "3"), "there is no flag --guidance; did you mean --guidance_scale"),
+        (("merge", "--xyzzy"), "there is no flag --xyzzy; --help lists all flags"),
+        (("train", "--compile", "yes"), "got 'yes', which belongs to no flag"),
+        (("env", "x"), "got 'x', which belongs to no flag"),
+        (("train", "--max_train_steps"), "Missing value for argument '--max_train_steps'. Expected 1 values"),
+        (("train", "--max_train_steps", "many"), "invalid literal for int() with base 10: 'many'"),
+        (("train", "--preset", "best"), "invalid choice 'best' for argument '--preset'"),
+        (("train", "--max_train_steps", "0"), "max_train_steps is 0; expected a value from 1"),
+        (("train", "--config", "no.yaml"), "config no.yaml could not be read"),
+        (("train", "--prompts", "no.txt"), "prompts no.txt could not be read"),
+        (("train", "--train_data_dir", "no", "--preset", "released"), "train_data_dir no is not a folder"),
+        (("train", "--model", "nobody/nothing"), "nobody/nothing "),
+        (("train", "--lora_name_or_path", "no.safetensors"), "no.safetensors does not exist"),
+        (("train", "--output_dir", "/proc/selfnpo"), "output_dir /proc/selfnpo cannot be written"),
+        (("train", "--output_dir", "full"), "output_dir full exists and is not empty"),
+        (("train", "--resume", "latest"), "has no intact checkpoint"),
+        (("train", "--model", "flow"), "is of no family that can be trained here"),
+        (("sample", "--negative", "nobody/nothing"), "nobody/nothing "),
+        (("sample", "--negative", DEMO_FOLDER, "--output", "full/file"), "output full/file exists"),
+        (("sample", "--negative", DEMO_FOLDER, "--output", "no/such.png"), "does not exist"),
+        (("sample", "--guidance_scale", "0.5"), "guidance_scale is 0.5; expected a value above 1"),
+        (("merge", "--beta", "2"), "beta is 2.0; expected a value from 0 to 1"),
+        (("merge", "--negative", "no.safetensors"), "no.safetensors does not exist"),
+        (("evaluate", "--num_samples", "3"), "num_samples is 3; expected a value from 200"),
+        (("evaluate", "--negative", "nobody/nothing"), "nobody/nothing "),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_mistakes_need_no_pytorch(arguments, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "flow" / "transformer").mkdir(parents=True)
+    (tmp_path / "flow" / "transformer" / "config.json").write_text('{"_class_name": "SD3Transformer2DModel"}')
+    before = {*tmp_path.rglob("*")}
+    done = selfnpo(*arguments, PYTHONPATH=str(Path(__file__).parents[1]))
+    errors = done.stderr.removesuffix("imported:\n")
+    assert errors != done.stderr, done.stderr  # nothing slow was imported
+    said = done.stdout if done.returncode == 0 else errors
+    assert sentence in said
+    if done.returncode:
+        assert done.returncode == 2
+        assert errors.startswith("error: ")
+        assert len(errors.splitlines()) == 1
+    assert {*tmp_path.rglob("*")} == before
+
+
+def test_help_and_mistakes_take_less_than_two_seconds_of_cpu():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    calls = [("train", "--help"), ("train", "--model", "nobody/nothing"), ("sample", "--help"), ("evaluate", "--help")]
+    for arguments in calls:
+        subprocess.run([sys.executable, "-m", "selfnpo", *arguments], capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert seconds / len(calls) < 2
+
+
+def test_modules_answer_as_the_command_does():
+    done = subprocess.run([sys.executable, "-m", "selfnpo.train", "--help"], capture_output=True, text=True)
+    assert done.stdout.startswith("usage: python -m selfnpo.train [-h]")
+    done = subprocess.run([sys.executable, "-m", "selfnpo.demo.base"], capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "--output_dir" in done.stderr
+
+
+def test_the_denoisers_that_are_known_are_those_of_the_families():
+    found = {name for each in FAMILIES for name in (each.denoiser_class.__name__, *each.former_class_names)}
+    assert sorted(found) == sorted(DENOISERS)
