@@ -43,7 +43,8 @@ def check_output(folder: Path, overwrite: bool, resume: str | None = None) -> No
         raise UserError(f"output_dir is {folder}, but {existing} is a file; expected a folder")
     if resume == "latest" and not list_checkpoints(folder):
         raise UserError(
-            f"output_dir {folder} has no intact checkpoint to resume from; choose another, or leave --resume_from_checkpoint out"
+            f"output_dir {folder} has no intact checkpoint to resume from; choose another folder, or leave "
+            "--resume_from_checkpoint out"
         )
     if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
         raise UserError(
