@@ -11,6 +11,7 @@ from selfnpo.inputs.folder import read_folder
 from selfnpo.inputs.prompts import read_prompts
 from selfnpo.models import Source
 from selfnpo.models.origin import check_exists
+from selfnpo.options import DEMO
 from selfnpo.output import RESULTS, check_output, lasting, prepare_output
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ def main(config: TrainConfig) -> int | None:
     device, source = default_device(), Source(config)
     check_supported(config, source, device)
     data = read_data(config, source)
-    if source.is_demo:
-        print("no model of your own is given (--pretrained_model_name_or_path): training the embedded demo")
     print(summary(config, source, data))
     needs = config, source, len(data.prompts), device
     with lasting("planning memory"):
@@ -96,6 +95,8 @@ def check_early(config: TrainConfig) -> None:
         read_prompts(config.prompts)
     for name in filter(None, (config.denoiser_name_or_path, config.lora_name_or_path)):
         check_exists(name, config)
+    if config.pretrained_model_name_or_path == DEMO:
+        print("no model of your own is given (--pretrained_model_name_or_path): training the embedded demo")
     print("loading PyTorch and diffusers")
 
 
