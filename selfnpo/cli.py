@@ -1,4 +1,4 @@
-"""Command lines: typed arguments in, one sentence and exit code 2 out when something is wrong."""
+"""Command lines: parse arguments into dataclasses, and report mistakes in one sentence with exit code 2."""
 
 import contextlib
 import difflib
@@ -19,10 +19,10 @@ Config = TypeVar("Config")
 
 
 def parse(config_type: type[Config], args: Sequence[str] | None = None, default: Config | None = None) -> Config:
-    """Command-line arguments as a dataclass; flags are named like its fields.
+    """Parse command-line arguments into a dataclass; flags have the names of its fields.
 
     Raises:
-        UserError: a flag or a value that the command does not know, or SELFNPO_BACKEND names a backend that cannot run.
+        UserError: an unknown flag, an invalid value, or a SELFNPO_BACKEND that cannot run here.
     """
     said = io.StringIO()
     try:
@@ -50,14 +50,14 @@ def _program() -> str | None:
 
 
 def _sentence(box: str) -> str:
-    """What tyro says in a box: its first paragraph, without the frame."""
+    """The first paragraph of tyro's boxed message, without the frame."""
     lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
     end = next((number for number, line in enumerate(lines) if line.startswith("───")), len(lines))
     return " ".join(" ".join(lines[:end]).split()).removesuffix(".") + "; --help explains every flag"
 
 
 def flags(config_type: type) -> list[str]:
-    """Every flag of a command, with its other names."""
+    """Every flag of a command, with its aliases."""
     found = []
     for name, hint in get_type_hints(config_type, include_extras=True).items():
         aliases = [alias for each in getattr(hint, "__metadata__", ()) for alias in getattr(each, "aliases", None) or ()]
@@ -67,30 +67,30 @@ def flags(config_type: type) -> list[str]:
 
 def _unknown(word: str, config_type: type) -> str:
     if not word.startswith("-"):
-        return f"got '{word}', which belongs to no flag; expected flags and their values (--help lists them)"
+        return f"unexpected argument '{word}'; expected flags and their values (--help lists them)"
     name = word.split("=")[0]
     similar = difflib.get_close_matches("--" + name.lstrip("-").replace("-", "_"), flags(config_type), n=1)
-    return nearest(f"there is no flag {name}", similar, "--help lists all flags")
+    return nearest(f"unknown flag {name}", similar, "--help lists all flags")
 
 
 def nearest(problem: str, similar: Sequence[str], otherwise: str) -> str:
-    """One sentence about a name that does not exist."""
+    """One sentence about an unknown name: the nearest known one, or else `otherwise`."""
     return f"{problem}; " + (f"did you mean {similar[0]}?" if similar else otherwise)
 
 
 def _check_backend() -> None:
-    import torch  # only here, so that mistakes are answered before PyTorch is loaded
+    import torch  # imported here so that mistakes are reported before PyTorch loads
 
     from selfnpo_kernels.dispatch import backend_for
 
     try:
         backend_for("this command", torch.empty(0))
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{error}; unset SELFNPO_BACKEND or set it to another one") from error
+        raise UserError(f"{error}; unset SELFNPO_BACKEND or choose another backend") from error
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:
-    """Settings as words of a command line, which `parse` reads back."""
+    """Settings as command-line arguments that `parse` reads back."""
     found = []
     for name, value in values.items():
         if isinstance(value, bool):
@@ -101,7 +101,7 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command and exit with its code: 2 for a user's mistake, 130 when interrupted, never a traceback for either."""
+    """Run a command and exit with its code: 2 for a user error, 130 when interrupted, without a traceback for either."""
     _only_our_own_lines()
     try:
         code = main() or 0
@@ -109,24 +109,24 @@ def run(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print("interrupted; nothing further was written", file=sys.stderr)
+        print("interrupted; nothing more was written", file=sys.stderr)
         code = 128 + signal.SIGINT
     sys.exit(code)
 
 
 def _only_our_own_lines() -> None:
-    """Lines appear when they are written, warnings are sentences, and libraries do not advertise other packages.
+    """Flush output line by line, print warnings as plain sentences, and silence messages from libraries.
 
-    Whoever wants to hear the libraries sets their variables, such as DIFFUSERS_VERBOSITY=info.
+    To see the libraries' messages, set their own variables, such as DIFFUSERS_VERBOSITY=info.
     """
-    sys.stdout.reconfigure(line_buffering=True)  # also into a file
+    sys.stdout.reconfigure(line_buffering=True)  # also when output goes to a file
     for name, value in (
         ("DIFFUSERS_VERBOSITY", "error"),
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("TOKENIZERS_PARALLELISM", "false"),
     ):
         os.environ.setdefault(name, value)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # misses a package that is not used here
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # about an unused package
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     for category in (DeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)

@@ -1,4 +1,4 @@
-"""What a command writes: the folder of a run, when it may be written, and progress."""
+"""Output folders, checks that a command may write to them, and progress bars."""
 
 import re
 import shutil
@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from selfnpo.errors import UserError
 
-LINE_SECONDS = 5.0  # between lines of progress where there is no terminal
+LINE_SECONDS = 5.0  # between lines of progress without a terminal
 
-# What a training run writes beside its checkpoints.
+# What a training run writes, apart from its checkpoints.
 RESULTS = (
     "negative",
     "config.yaml",
@@ -29,21 +29,22 @@ RESULTS = (
 
 
 def check_output(folder: Path, overwrite: bool, resume: str | None = None) -> None:
-    """Look, without a trace, whether a run may write to `folder`.
+    """Check that a run may write to `folder`, without changing anything.
 
     Args:
-        resume: latest, or a checkpoint, if the run goes on with an earlier one.
+        resume: latest, or a checkpoint, if the run continues an earlier one.
 
     Raises:
-        UserError: the folder holds something and neither overwrite nor resume was asked for, it has nothing to resume, or
-            it cannot be written.
+        UserError: the folder is not empty and neither overwrite nor resume was asked for, there is nothing to resume, or
+            the folder cannot be written.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"output_dir is {folder}, but {existing} is a file; expected a folder")
     if resume == "latest" and not list_checkpoints(folder):
         raise UserError(
-            f"output_dir {folder} has no intact checkpoint to resume from; choose another, or leave --resume_from_checkpoint out"
+            f"output_dir {folder} has no intact checkpoint to resume from; choose another, or leave out "
+            "--resume_from_checkpoint"
         )
     if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
         raise UserError(
@@ -57,10 +58,10 @@ def check_output(folder: Path, overwrite: bool, resume: str | None = None) -> No
 
 
 def prepare_output(folder: Path, results: tuple[str, ...], overwrite: bool, resume: str | None = None) -> None:
-    """Make `folder` ready to be written.
+    """Create `folder`, or remove earlier results from it.
 
     Args:
-        results: names that the run will write; these alone, and checkpoints, are removed by `overwrite`.
+        results: names that the run will write. `overwrite` removes these and checkpoints, and nothing else.
 
     Raises:
         UserError: as `check_output`.
@@ -80,13 +81,13 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Committed checkpoints, oldest first."""
+    """Complete checkpoints, oldest first."""
     found = {int(match[1]): path for path in output_dir.glob("*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
     return [found[step] for step in sorted(found)]
 
 
 class _Lines:
-    """Where tqdm writes without a terminal: each state of a bar as a line of its own."""
+    """Where tqdm writes without a terminal: each update becomes a line of its own."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -101,7 +102,7 @@ class _Lines:
 
 
 def progress(iterable: Iterable[Any] | None = None, *, total: int | None = None, **options: Any) -> tqdm:
-    """A progress bar; a line every few seconds where stderr is no terminal. Takes what `tqdm` takes."""
+    """A progress bar, or a line every few seconds if stderr is not a terminal. Takes the arguments of `tqdm`."""
     if sys.stderr.isatty():
         return tqdm(iterable, total=total, **options)
     if total is None and not hasattr(iterable, "__len__"):
