@@ -90,8 +90,8 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 class Lines:
-    """Progress without a terminal, with the methods of `tqdm` that are used here. It prints a line after FIRST_LINE seconds and
-    then every LINE_SECONDS, even during one long iteration. Work that ends sooner prints nothing in between.
+    """Progress without a terminal, with the methods of `tqdm` that are used here. It prints a line after FIRST_LINE seconds
+    and then every LINE_SECONDS, even during one long iteration. Work that ends sooner prints nothing in between.
 
     Without an iterable and a total it only reports that something is still running.
     """
