@@ -1,4 +1,4 @@
-"""Command lines: typed arguments in, one sentence and exit code 2 out when something is wrong."""
+"""Command lines: parse arguments into dataclasses, and report mistakes in one sentence with exit code 2."""
 
 import contextlib
 import difflib
@@ -22,10 +22,10 @@ BACKENDS = ("reference", "cpp", "triton")  # of selfnpo_kernels.dispatch, which 
 
 
 def parse(config_type: type[Config], args: Sequence[str] | None = None, default: Config | None = None) -> Config:
-    """Command-line arguments as a dataclass; flags are named like its fields.
+    """Parse command-line arguments into a dataclass; flags have the names of its fields.
 
     Raises:
-        UserError: a flag or a value that the command does not know, or SELFNPO_BACKEND names a backend that cannot run.
+        UserError: an unknown flag, an invalid value, or a SELFNPO_BACKEND that cannot run here.
     """
     said = io.StringIO()
     try:
@@ -106,14 +106,14 @@ def flags(config_type: type) -> list[str]:
 
 def _unknown(word: str, config_type: type) -> str:
     if not word.startswith("-"):
-        return f"got '{word}', which belongs to no flag; expected flags and their values (--help lists them)"
+        return f"unexpected argument '{word}'; expected flags and their values (--help lists them)"
     name = word.split("=")[0]
     similar = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), flags(config_type), n=1)
-    return nearest(f"there is no flag {name}", [f"--{each}" for each in similar], "--help lists all flags")
+    return nearest(f"unknown flag {name}", [f"--{each}" for each in similar], "--help lists all flags")
 
 
 def nearest(problem: str, similar: Sequence[str], otherwise: str) -> str:
-    """One sentence about a name that does not exist."""
+    """One sentence about an unknown name: the nearest known one, or else `otherwise`."""
     return f"{problem}; " + (f"did you mean {similar[0]}?" if similar else otherwise)
 
 
@@ -129,11 +129,11 @@ def _check_backend() -> None:
     try:
         backend_for("this command", torch.empty(0))
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{error}; unset SELFNPO_BACKEND or set it to another one") from error
+        raise UserError(f"{error}; unset SELFNPO_BACKEND or choose another backend") from error
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:
-    """Settings as words of a command line, which `parse` reads back."""
+    """Settings as command-line arguments that `parse` reads back."""
     found = []
     for name, value in values.items():
         if isinstance(value, bool):
@@ -144,7 +144,7 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command and exit with its code: 2 for a user's mistake, 130 when interrupted, never a traceback for either."""
+    """Run a command and exit with its code: 2 for a user error, 130 when interrupted, without a traceback for either."""
     _only_our_own_lines()
     try:
         code = main() or 0
@@ -152,17 +152,17 @@ def run(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print("interrupted; nothing further was written", file=sys.stderr)
+        print("interrupted; nothing more was written", file=sys.stderr)
         code = 128 + signal.SIGINT
     sys.exit(code)
 
 
 def _only_our_own_lines() -> None:
-    """Lines appear when they are written, warnings are sentences, and libraries do not advertise other packages.
+    """Flush output line by line, print warnings as plain sentences, and silence messages from libraries.
 
-    Whoever wants to hear the libraries sets their variables, such as DIFFUSERS_VERBOSITY=info.
+    To see the libraries' messages, set their own variables, such as DIFFUSERS_VERBOSITY=info.
     """
-    sys.stdout.reconfigure(line_buffering=True)  # also into a file
+    sys.stdout.reconfigure(line_buffering=True)  # also when output goes to a file
     for name, value in (
         ("DIFFUSERS_VERBOSITY", "error"),
         ("TRANSFORMERS_VERBOSITY", "error"),

@@ -1,4 +1,4 @@
-"""What a command writes: the folder of a run, when it may be written, and progress."""
+"""Output folders, checks that a command may write to them, and progress bars."""
 
 import re
 import shutil
@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from selfnpo.errors import UserError
 
-# Where there is no terminal, seconds before the first line of progress, and between two lines.
+# Without a terminal: seconds before the first line of progress, and between two lines.
 FIRST_LINE, LINE_SECONDS = 1.5, 10.0
 
-# What a training run writes beside its checkpoints.
+# What a training run writes, apart from its checkpoints.
 RESULTS = (
     "negative",
     "config.yaml",
@@ -32,14 +32,14 @@ RESULTS = (
 
 
 def check_output(folder: Path, overwrite: bool, resume: str | None = None) -> None:
-    """Look, without a trace, whether a run may write to `folder`.
+    """Check that a run may write to `folder`, without changing anything.
 
     Args:
-        resume: latest, or a checkpoint, if the run goes on with an earlier one.
+        resume: latest, or a checkpoint, if the run continues an earlier one.
 
     Raises:
-        UserError: the folder holds something and neither overwrite nor resume was asked for, it has nothing to resume, or
-            it cannot be written.
+        UserError: the folder is not empty and neither overwrite nor resume was asked for, there is nothing to resume, or
+            the folder cannot be written.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
@@ -61,10 +61,10 @@ def check_output(folder: Path, overwrite: bool, resume: str | None = None) -> No
 
 
 def prepare_output(folder: Path, results: tuple[str, ...], overwrite: bool, resume: str | None = None) -> None:
-    """Make `folder` ready to be written.
+    """Create `folder`, or remove earlier results from it.
 
     Args:
-        results: names that the run will write; these alone, and checkpoints, are removed by `overwrite`.
+        results: names that the run will write. `overwrite` removes these and checkpoints, and nothing else.
 
     Raises:
         UserError: as `check_output`.
@@ -84,16 +84,16 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Committed checkpoints, oldest first."""
+    """Complete checkpoints, oldest first."""
     found = {int(match[1]): path for path in output_dir.glob("*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
     return [found[step] for step in sorted(found)]
 
 
 class Lines:
-    """Progress where there is no terminal, with the methods of `tqdm` that are used here: after FIRST_LINE seconds a line,
-    then one every LINE_SECONDS, also while a single iteration lasts. What is done before gets no line.
+    """Progress without a terminal, with the methods of `tqdm` that are used here. It prints a line after FIRST_LINE seconds and
+    then every LINE_SECONDS, even during one long iteration. Work that ends sooner prints nothing in between.
 
-    Without an iterable and a total it only says that something lasts.
+    Without an iterable and a total it only reports that something is still running.
     """
 
     def __init__(
@@ -162,10 +162,10 @@ class Lines:
 
 
 def progress(iterable: Iterable[Any] | None = None, **options: Any) -> "tqdm | Lines":
-    """A progress bar, or `Lines` of progress where stderr is no terminal. Takes what `Lines` takes."""
+    """A progress bar, or `Lines` if stderr is not a terminal. Takes the arguments of `Lines`."""
     return tqdm(iterable, **options) if sys.stderr.isatty() else Lines(iterable, **options)
 
 
 def lasting(what: str) -> Lines:
-    """A context for what can last and cannot be counted, such as reading weights: it says so every few seconds."""
+    """A context for slow work that cannot be counted, such as reading weights. It says so every few seconds."""
     return Lines(desc=what, leave=False)

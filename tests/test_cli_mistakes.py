@@ -50,7 +50,7 @@ def test_mistakes_in_training_are_named(args, sentence, tmp_path, capsys, monkey
     [
         ("learning_rat: 1", "--learning_rat"),
         ("learning_rate: fast", "learning_rate is 'fast'; expected a number"),
-        ("- 1", "holds no settings"),
+        ("- 1", "contains no settings"),
         ("a: [", "could not be read as YAML"),
         ("max_train_steps: -5", "max_train_steps is -5"),
     ],

@@ -40,7 +40,7 @@ def refused(tmp_path, capsys):
         (["--beta", 1.5], "beta is 1.5; expected a value from 0 to 1, or any with --force"),
         (["--beta", "nan", "--force"], "beta is nan; expected a finite number"),
         (["--positive", "x", "--alpha", -1], "alpha is -1.0; expected a value from 0 to 1"),
-        (["--alpha", 0.5], "alpha is 0.5, but it scales eta and no positive is given; pass --positive"),
+        (["--alpha", 0.5], "alpha is 0.5, but it only applies to a positive model; pass --positive"),
         (["--positive", "nobody/nothing"], "nobody/nothing is no folder here and could not be fetched from the hub"),
         (["--positive", "absent.safetensors"], "absent.safetensors"),
     ],
@@ -69,9 +69,9 @@ def test_models_that_do_not_fit(models, tmp_path, refused):
     save_file(content, cut / WEIGHTS)
     refused(base, cut, "does not fit its config.json: missing keys such as conv_in.bias")
     (cut / WEIGHTS).write_bytes(b"no weights")
-    refused(base, cut, "cut could not be loaded as a UNet2DConditionModel in safetensors")
+    refused(base, cut, "could not be read as safetensors")
     (cut / WEIGHTS).unlink()
-    refused(base, cut, "cut could not be loaded as a UNet2DConditionModel in safetensors")
+    refused(base, cut, "could not be read as safetensors")
 
 
 def test_weights_that_are_no_numbers(models, tmp_path, refused):
@@ -95,7 +95,9 @@ def test_folders_that_hold_something(models, tmp_path, refused, merged, monkeypa
     (out / "config.json").write_text("{}")
     refused(base, negative, "exists and is not empty; choose another, pass --overwrite to replace")
     (out / "thesis.txt").write_text("mine")
-    refused(base, negative, "out holds thesis.txt, which is of something else; choose another folder", "--overwrite")
+    refused(
+        base, negative, "out contains thesis.txt, which is not part of a merged model; choose another folder", "--overwrite"
+    )
     refused(base, negative, "is a file; expected a folder", "--output_dir", out / "thesis.txt", "--overwrite")
     (out / "thesis.txt").unlink()
     monkeypatch.chdir(out)
