@@ -34,7 +34,7 @@ from selfnpo.models import DEMO_FOLDER
         (["--output_dir", "/proc/selfnpo"], "output_dir /proc/selfnpo cannot be written"),
         (
             ["--pretrained_model_name_or_path", "nothing/here"],
-            "nothing/here is no folder here and could not be fetched from the hub; expected 'demo', a diffusers folder",
+            "nothing/here was not found locally or on the hub; expected 'demo', a diffusers folder",
         ),
     ],
 )
@@ -106,10 +106,10 @@ def damage(folder: Path, kind: str) -> None:
     ("kind", "sentence"),
     [
         ("truncated", "could not be read as safetensors"),
-        ("foreign", "another architecture than the base"),
+        ("foreign", "a different architecture than the base"),
         ("another config", "has another architecture than the base"),
         ("pickle", "in a format that can run code when it is opened; convert them once"),
-        ("no config", "holds no config.json"),
+        ("no config", "contains neither config.json"),
         ("broken config", "could not be read"),
         ("not finite", "inf or NaN"),
     ],
@@ -138,7 +138,7 @@ def test_damaged_and_foreign_weights_are_refused(kind, sentence, tmp_path, capsy
         ("evaluate", ["--seeds", "1", "1"], "different non-negative"),
         ("evaluate", ["--arms", "early"], "expected self-npo among them"),
         ("evaluate", ["--arms", "best"], "arms is 'best'; expected one or more values, each one of self-npo, fresh"),
-        ("evaluate", ["--negative", "nowhere"], "nowhere is no folder here and could not be fetched"),
+        ("evaluate", ["--negative", "nowhere"], "nowhere was not found locally"),
         ("base", [], "output_dir"),
         ("base", ["--output_dir", "out", "--max_train_steps", "0"], "max_train_steps is 0"),
         ("base", ["--output_dir", "/proc/selfnpo"], "cannot be written"),

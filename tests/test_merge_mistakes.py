@@ -41,7 +41,7 @@ def refused(tmp_path, capsys):
         (["--beta", "nan", "--force"], "beta is nan; expected a finite number"),
         (["--positive", "x", "--alpha", -1], "alpha is -1.0; expected a value from 0 to 1"),
         (["--alpha", 0.5], "alpha is 0.5, but it only applies to a positive model; pass --positive"),
-        (["--positive", "nobody/nothing"], "nobody/nothing is no folder here and could not be fetched from the hub"),
+        (["--positive", "nobody/nothing"], "nobody/nothing was not found locally or on the hub"),
         (["--positive", "absent.safetensors"], "absent.safetensors"),
     ],
 )
@@ -54,12 +54,12 @@ def test_models_that_do_not_fit(models, tmp_path, refused):
     base = models("stable_diffusion")
     tiny.unet(cross_attention_dim=24).save_pretrained(tmp_path / "other")
     first = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight is [16, 24], expected [16, 32]"
-    refused(base, tmp_path / "other", f"other has another architecture than the base: {first}")
+    refused(base, tmp_path / "other", f"other has a different architecture than the base: {first}")
     refused(base, base, first, "--positive", tmp_path / "other")
     xl = save_both_loras(models("stable_diffusion_xl"), tmp_path / "xl", 1)
     refused(base, xl, "is a LoRA for another base")
     refused(models("class_conditional"), xl, "but diffusers has no LoRA for DiTPipeline")
-    refused(base, models("class_conditional"), "holds no config.json and no unet/config.json")
+    refused(base, models("class_conditional"), "contains neither config.json nor unet/config.json")
     (tmp_path / "broken.safetensors").write_bytes(b"no weights")
     refused(base, tmp_path / "broken.safetensors", "broken.safetensors could not be read as safetensors")
 
@@ -81,9 +81,11 @@ def test_weights_that_are_no_numbers(models, tmp_path, refused):
         content["mid_block.resnets.0.conv1.bias"][3] = value
         save_file(content, tmp_path / name / WEIGHTS, {"format": "pt"})
     for name in ("infinite", "nan"):
-        refused(base, tmp_path / name, f"{name} holds weights that are inf or NaN, such as mid_block.resnets.0.conv1.bias")
+        refused(
+            base, tmp_path / name, f"{name} contains weights that are inf or NaN, such as mid_block.resnets.0.conv1.bias"
+        )
     shutil.copytree(tmp_path / "nan", tmp_path / "base" / "unet")
-    refused(tmp_path / "base", tmp_path / "large", "base holds weights that are inf or NaN")
+    refused(tmp_path / "base", tmp_path / "large", "base contains weights that are inf or NaN")
     too_large = "the result's mid_block.resnets.0.conv1.bias is too large for float16; pass --dtype bfloat16 or float32"
     refused(base, tmp_path / "large", too_large, "--dtype", "float16")
 

@@ -246,7 +246,7 @@ def test_a_file_takes_its_place_whole_or_not_at_all(tmp_path):
         ("unconditional", ["--output", "x.gif"], "ends in .png, because the model makes images"),
         ("unconditional", ["--output", "."], "output is .; expected a file name that ends in .png"),
         ("unconditional", ["--output", "/proc/x.png"], "output /proc/x.png cannot be written"),
-        ("unconditional", ["--positive", "nowhere"], "nowhere is no folder here"),
+        ("unconditional", ["--positive", "nowhere"], "nowhere was not found locally or on the hub"),
         ("unconditional", ["--num_images", 1001], "from 1 to 1000; --output_dir takes more"),
         ("class_conditional", ["--prompts", "p.txt"], "prompt and prompts are both given; leave one of the two out"),
         ("unconditional", ["--prompts", "p.txt"], "prompts p.txt could not be read: No such file or directory"),

@@ -71,7 +71,7 @@ def test_help_needs_no_pytorch(command):
         (("train", "--output_dir", "/proc/selfnpo"), "output_dir /proc/selfnpo cannot be written"),
         (("train", "--output_dir", "full"), "output_dir full exists and is not empty"),
         (("train", "--resume", "latest"), "has no intact checkpoint"),
-        (("train", "--model", "flow"), "is of no family that can be trained here"),
+        (("train", "--model", "flow"), "which cannot be trained here"),
         (("sample", "--negative", "nobody/nothing"), "nobody/nothing "),
         (("sample", "--negative", DEMO_FOLDER, "--output", "full/file"), "output full/file exists"),
         (("sample", "--negative", DEMO_FOLDER, "--output", "no/such.png"), "does not exist"),

@@ -130,7 +130,7 @@ def test_a_dit_as_it_was_published(models, tmp_path):
     pairs = zip(published.denoiser.parameters(), renamed.denoiser.parameters(), strict=True)
     assert all(a.equal(b) for a, b in pairs)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_type": "ada_norm_single"}))  # as of PixArt
-    with pytest.raises(UserError, match=r"of no family that can be trained here.* any fine-tune of the same architecture"):
+    with pytest.raises(UserError, match=r"which cannot be trained here.* any fine-tune of the same architecture"):
         load(folder)
 
 
