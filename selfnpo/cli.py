@@ -170,6 +170,7 @@ def _only_our_own_lines() -> None:
         ("TOKENIZERS_PARALLELISM", "false"),
     ):
         os.environ.setdefault(name, value)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it may be imported already, and retries aloud
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # misses a package that is not used here
 
     def show(message: Warning, *_: object, **__: object) -> None:
