@@ -42,8 +42,8 @@ def sweep(
 ) -> Iterator[tuple[Method, range, Tensor]]:
     """Yield a method, the numbers of its next samples, and these samples `[B, ...]`, until all are done.
 
-    Pass the models in float32 on the host; they are modified. Each is moved to the base's device and dtype when it is needed,
-    so at most one positive and one negative are there at a time. With several betas the originals stay on the host. Plain
+    Pass the models in float32 on the host; they are modified. Each is moved to the base's device and dtype when needed, so
+    at most one positive and one negative are there at a time. With several betas the originals stay on the host. Plain
     guidance is sampled with the first beta, so that a batch is complete before the next one starts.
 
     Args:
