@@ -67,7 +67,7 @@ def _advice(config: TrainConfig, source: Source, prompts: int, device: torch.dev
     if flags is None:
         return f"no settings for this model fit (the smallest plan needs {_size(counted)})"
     kind = "a LoRA, " if "--rank" in flags else ""
-    return f"these settings would fit: {flags} ({kind}{_size(counted)})"
+    return f"these settings would fit: {flags} ({kind}planned {_size(counted)})"
 
 
 def settings_that_fit(
@@ -100,7 +100,7 @@ def settings_that_fit(
 
 def _savings(config: TrainConfig, source: Source, device: torch.device) -> list[dict[str, Any]]:
     """Settings that save memory and that `config` does not use yet, ordered by their cost to the user: first time, then
-    precision, last full weights. A LoRA needs few moments and shares its reference, so it is first tried without the rest."""
+    precision, last full weights. A LoRA needs few moments and shares its reference, so it is tried alone first."""
     can_checkpoint = source.family.denoiser_class._supports_gradient_checkpointing
     checkpointed = config.gradient_checkpointing or config.low_vram or not can_checkpoint
     checkpointing = {} if checkpointed else {"gradient_checkpointing": True}
@@ -112,7 +112,7 @@ def _savings(config: TrainConfig, source: Source, device: torch.device) -> list[
 
 
 def _splits(config: TrainConfig) -> list[dict[str, int]]:
-    """First no change, then ever smaller halves of the batch with gradient accumulation, so that the step stays the same."""
+    """First no change, then smaller and smaller batches with gradient accumulation; the step stays the same."""
     size, total = config.train_batch_size, config.total_batch_size
     halved = [size >> times for times in range(1, size.bit_length())]
     parts = [part for part in halved if total % part == 0]

@@ -18,8 +18,8 @@ from selfnpo.config import TrainConfig
 from selfnpo.models import Source
 
 PEAKS = {"A100": 312e12, "H100": 990e12, "H200": 990e12}  # FLOP/s of dense bf16 products, from the data sheets
-# Fraction of these peaks that predictions assume. It is the record for training a UNet: Stable Diffusion v2 in MLPerf Training
-# v4.0, with 127.5 samples/s on an H100, 307 TFLOP/s.
+# Fraction of these peaks that predictions assume. It is the record for training a UNet: Stable Diffusion v2 in MLPerf
+# Training v4.0, with 127.5 samples/s on an H100, 307 TFLOP/s.
 EFFICIENCY = 0.31
 FILLS_A_GPU = 1e12  # minimum FLOPs of a step for that assumption; smaller steps wait for kernel launches
 

@@ -1,7 +1,7 @@
 """The memory that a training run needs, counted on the meta device before anything is loaded.
 
-Weights, gradients, moments and samples are exact. Activations are an estimate of what the student's forward pass keeps for its
-backward pass, assuming flash attention. Other allocations by libraries are not counted.
+Weights, gradients, moments and samples are exact. Activations are an estimate of what the student's forward pass keeps for
+its backward pass, assuming flash attention. Other allocations by libraries are not counted.
 """
 
 from dataclasses import dataclass

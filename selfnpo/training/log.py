@@ -1,5 +1,5 @@
-"""The log of a run: log.jsonl and optionally TensorBoard or Weights & Biases, through accelerate's trackers, as in diffusers'
-own scripts."""
+"""The log of a run: log.jsonl and optionally TensorBoard or Weights & Biases, through accelerate's trackers, as in
+diffusers' own scripts."""
 
 import json
 from pathlib import Path

@@ -81,7 +81,7 @@ def _has_conditions(config: TrainConfig, source: Source) -> bool:
 def check_effect(config: TrainConfig, source: Source) -> None:
     """Refuse a setting that the user changed but the run would not use.
 
-    A config.yaml contains every setting of the run that wrote it, including the values of its preset. So with --config, a value
+    A config.yaml contains every setting of the run that wrote it, including its preset's values. So with --config, a value
     from any preset counts as unchanged.
 
     Raises:
