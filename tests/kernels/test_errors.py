@@ -21,7 +21,7 @@ def big():
 CALLS = {
     "rows": (lambda t: tweedie(t.sample, t.cond, t.rows), r"tweedie got rows of shape \(3, 4\); expected \(3, 2\)"),
     "one row": (lambda t: guided_step(t.sample, t.cond, None, 1.0, t.rows[:1]), r"rows.expand\(3, -1\)"),
-    "integer rows": (lambda t: tweedie(t.sample, t.cond, t.rows[:, :2].long()), "rows of torch.int64; expected floating"),
+    "integer rows": (lambda t: tweedie(t.sample, t.cond, t.rows[:, :2].long()), "rows of torch.int64; expected a float"),
     "rows with gradient": (lambda t: tweedie(t.sample, t.cond, t.rows[:, :2].requires_grad_()), r"rows.detach\(\)"),
     "rows elsewhere": (lambda t: tweedie(t.sample, t.cond, t.rows[:, :2].to(META)), "rows on meta and sample on cpu; move"),
     "devices": (lambda t: tweedie(t.sample, t.cond.to(META), t.rows[:, :2]), "model_output on meta and sample on cpu"),
@@ -48,7 +48,7 @@ CALLS = {
     "step": (lambda t: forward_jump(t.sample, t.rows[:, :2], 0, 2**32, t.ids), r"step = 4294967296; expected 0 <= step"),
     "site": (lambda t: forward_jump(t.sample, t.rows[:, :2], 0, 0, t.ids, -3), "site = -3"),
     "seed tensor": (lambda t: forward_jump(t.sample, t.rows[:, :2], torch.tensor(1.0), 0, t.ids), "one torch.int64 element"),
-    "s before t": (lambda t: forward_jump(t.sample, t.rows[:, :2] * NAN, 0, 0, t.ids), "NaN in rows, which means a negative variance"),
+    "s before t": (lambda t: forward_jump(t.sample, t.rows[:, :2] * NAN, 0, 0, t.ids), "NaN in rows.* negative variance"),
     "overflow": (
         lambda t: forward_jump(big(), t.rows[:1, :2].to(META), 0, 0, t.ids[:1].to(META)),
         r"17179869185 elements per sample; the noise generator supports up to 2\^34",
