@@ -33,7 +33,7 @@ def dispatch() -> int | None:
         print(f"selfnpo {version('selfnpo')}")
         return None
     if name not in COMMANDS:
-        similar = difflib.get_close_matches(name, COMMANDS, n=1)
+        similar = difflib.get_close_matches(name, (*COMMANDS, "--help", "--version"), n=1)
         raise UserError(nearest(f"unknown command '{name}'", similar, f"expected one of {', '.join(COMMANDS)}"))
     sys.argv = [f"selfnpo {name}", *sys.argv[2:]]
     return import_module(f"selfnpo.{name}").command()

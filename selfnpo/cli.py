@@ -5,17 +5,20 @@ import difflib
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, get_type_hints
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
 from selfnpo.errors import UserError
 
 Config = TypeVar("Config")
+BACKENDS = ("reference", "cpp", "triton")  # of selfnpo_kernels.dispatch, which imports PyTorch
 
 
 def parse(config_type: type[Config], args: Sequence[str] | None = None, default: Config | None = None) -> Config:
@@ -33,7 +36,7 @@ def parse(config_type: type[Config], args: Sequence[str] | None = None, default:
     except SystemExit as ended:
         if ended.code == 0:  # --help
             raise
-        raise UserError(_sentence(said.getvalue())) from None
+        raise UserError(_sentence(said.getvalue(), config_type, sys.argv[1:] if args is None else args)) from None
     if unknown:
         raise UserError(_unknown(unknown[0], config_type))
     if "SELFNPO_BACKEND" in os.environ:
@@ -49,19 +52,55 @@ def _program() -> str | None:
     return f"python -m {spec.name}" if spec and spec.name.startswith("selfnpo") else None
 
 
-def _sentence(box: str) -> str:
-    """The first paragraph of tyro's boxed message, without the frame."""
-    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    end = next((number for number, line in enumerate(lines) if line.startswith("───")), len(lines))
-    return " ".join(" ".join(lines[:end]).split()).removesuffix(".") + "; --help explains every flag"
+def _sentence(box: str, config_type: type, args: Sequence[str]) -> str:
+    """What tyro says in a box, as one of our own sentences; its first paragraph where it says something else."""
+    text = " ".join(" ".join(line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))).split())
+    if found := re.search(r"Unrecognized options: (\S+)", text):
+        return _unknown(found[1], config_type)
+    if found := re.search(r"Missing from .*?: (--\S+) (\S+)", text):
+        return f"{found[1]} is missing; pass {found[1]} {found[2]}"
+    if not (found := re.search(r"(?:Error parsing |argument ')(\(.*?\)|--\S+)", text)):
+        return text.split(" ───")[0].removesuffix(".") + "; --help explains every flag"
+    names, hints = re.findall(r"--(\w+)", found[1]), get_type_hints(config_type)
+    name = next(each for each in names if each in hints)
+    got, expected = " ".join(_values_of(names, args)), _expected(hints[name])
+    return f"{name} is {got!r}; expected {expected}" if got else f"{name} has no value; expected {expected}"
 
 
-def flags(config_type: type) -> list[str]:
-    """Every flag of a command, with its aliases."""
+def _values_of(names: Sequence[str], args: Sequence[str]) -> list[str]:
+    """What follows the last of some flags on a command line."""
+    values: list[str] = []
+    asked = False
+    for word in args:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            asked = flag.removeprefix("--").replace("-", "_") in names
+            if asked:
+                values = [value] if equals else []
+        elif asked:
+            values.append(word)
+    return values
+
+
+def _expected(hint: Any) -> str:
+    """A type in words."""
+    origin, inner = get_origin(hint), [each for each in get_args(hint) if each is not type(None)]
+    if origin is Literal:
+        return f"one of {', '.join(inner)}"
+    if origin is tuple:
+        return f"{'one or more values' if inner[-1] is ... else f'{len(inner)} values'}, each {_expected(inner[0])}"
+    if inner:  # X | None
+        return _expected(inner[0])
+    return {int: "a whole number", float: "a number", Path: "a path"}.get(hint, "a value")
+
+
+def _flags(config_type: type) -> list[str]:
+    """Every flag of a command, with its other names, without dashes."""
     found = []
     for name, hint in get_type_hints(config_type, include_extras=True).items():
         aliases = [alias for each in getattr(hint, "__metadata__", ()) for alias in getattr(each, "aliases", None) or ()]
-        found += [f"--{name}", *aliases]
+        found += [name, *(alias.removeprefix("--") for alias in aliases)]
+        found += [f"no_{name}"] if hint is bool or bool in get_args(hint)[:1] else []
     return found
 
 
@@ -69,8 +108,8 @@ def _unknown(word: str, config_type: type) -> str:
     if not word.startswith("-"):
         return f"unexpected argument '{word}'; expected flags and their values (--help lists them)"
     name = word.split("=")[0]
-    similar = difflib.get_close_matches("--" + name.lstrip("-").replace("-", "_"), flags(config_type), n=1)
-    return nearest(f"unknown flag {name}", similar, "--help lists all flags")
+    similar = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), _flags(config_type), n=1)
+    return nearest(f"unknown flag {name}", [f"--{each}" for each in similar], "--help lists all flags")
 
 
 def nearest(problem: str, similar: Sequence[str], otherwise: str) -> str:
@@ -79,7 +118,11 @@ def nearest(problem: str, similar: Sequence[str], otherwise: str) -> str:
 
 
 def _check_backend() -> None:
-    import torch  # imported here so that mistakes are reported before PyTorch loads
+    name = os.environ["SELFNPO_BACKEND"]
+    if name and name not in BACKENDS:
+        expected = f"expected one of {', '.join(BACKENDS)}, or unset SELFNPO_BACKEND"
+        raise UserError(nearest(f"SELFNPO_BACKEND is '{name}'", difflib.get_close_matches(name, BACKENDS, n=1), expected))
+    import torch  # only here, so that mistakes are answered before PyTorch is loaded
 
     from selfnpo_kernels.dispatch import backend_for
 
@@ -123,10 +166,16 @@ def _only_our_own_lines() -> None:
     for name, value in (
         ("DIFFUSERS_VERBOSITY", "error"),
         ("TRANSFORMERS_VERBOSITY", "error"),
+        ("HF_HUB_VERBOSITY", "error"),  # what fails there is said in our own sentences
         ("TOKENIZERS_PARALLELISM", "false"),
     ):
         os.environ.setdefault(name, value)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # about an unused package
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it may be imported already, and retries aloud
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # misses a package that is not used here
+
+    def show(message: Warning, *_: object, **__: object) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
     for category in (DeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)

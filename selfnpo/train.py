@@ -11,7 +11,8 @@ from selfnpo.inputs.folder import read_folder
 from selfnpo.inputs.prompts import read_prompts
 from selfnpo.models import Source
 from selfnpo.models.origin import check_exists
-from selfnpo.output import RESULTS, check_output, prepare_output
+from selfnpo.options import DEMO
+from selfnpo.output import RESULTS, check_output, lasting, prepare_output
 
 if TYPE_CHECKING:
     from selfnpo.training.trainer import Trainer
@@ -31,11 +32,10 @@ def main(config: TrainConfig) -> int | None:
     device, source = default_device(), Source(config)
     check_supported(config, source, device)
     data = read_data(config, source)
-    if source.is_demo:
-        print("no model was given with --pretrained_model_name_or_path, so this trains the embedded demo")
     print(summary(config, source, data))
     needs = config, source, len(data.prompts), device
-    plan = memory_plan(*needs)
+    with lasting("planning memory"):
+        plan = memory_plan(*needs)
     print(plan, shortage(plan, *needs), sep="\n", end="")
     trainer = None
     with advised(*needs, lambda: trainer.last_checkpoint() if trainer else "nothing was written"):
@@ -61,13 +61,15 @@ def finish(trainer: "Trainer", source: Source, status: str) -> int | None:
     from selfnpo.training.trainer import resume_command
 
     state, config = trainer.state, trainer.config
-    compute = compute_cost(state, trainer.meter, count_flops(config, source))
+    with lasting("counting FLOPs"):
+        compute = compute_cost(state, trainer.meter, count_flops(config, source))
     print(cost_lines(save_metrics(state, status, compute)))
     if status == "interrupted":
         print(f"interrupted after step {state.step}; continue with\n  {resume_command(config)}")
         return 128 + signal.SIGINT
     trainer.step.release()
-    negative = save_negative(state, status)
+    with lasting("writing the negative"):
+        negative = save_negative(state, status)
     print(f"negative model: {negative}")
     if source.is_demo:
         with torch.compiler.set_stance("force_eager"):  # its batch sizes differ from those of training
@@ -93,6 +95,8 @@ def check_early(config: TrainConfig) -> None:
         read_prompts(config.prompts)
     for name in filter(None, (config.denoiser_name_or_path, config.lora_name_or_path)):
         check_exists(name, config)
+    if config.pretrained_model_name_or_path == DEMO:
+        print("no model was given with --pretrained_model_name_or_path, so this trains the embedded demo")
     print("loading PyTorch and diffusers")
 
 

@@ -4,8 +4,8 @@ import pytest
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 from commands import call
-from selfnpo import evaluate
-from selfnpo.evaluate import EvaluateConfig, plan
+from selfnpo.demo import evaluation
+from selfnpo.demo.config import EvaluateConfig, plan
 from selfnpo.models import DEMO_FOLDER
 
 
@@ -13,7 +13,7 @@ from selfnpo.models import DEMO_FOLDER
     "family", ["stable_diffusion", "stable_diffusion_xl", "cogvideox", "unconditional", "class_conditional"]
 )
 def test_other_models_than_digits_are_refused_at_once(models, tmp_path, capsys, monkeypatch, family):
-    monkeypatch.setattr(evaluate, "load_pretrained", None)
+    monkeypatch.setattr("selfnpo.models.loading.load_pretrained", None)
     assert call("evaluate", "--pretrained_model_name_or_path", models(family), "--output_dir", tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"error: {models(family)} is a ")
@@ -30,7 +30,7 @@ def test_bases_of_digits_of_another_size_are_judged(tmp_path, monkeypatch):
     )  # fmt: skip
     model.save_pretrained(tmp_path / "base" / "transformer")
     DDIMScheduler.from_pretrained(DEMO_FOLDER / "scheduler").save_pretrained(tmp_path / "base" / "scheduler")
-    monkeypatch.setattr(evaluate, "Metrics", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("selfnpo.demo.metrics.Metrics", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert call("evaluate", "--pretrained_model_name_or_path", tmp_path / "base", "--output_dir", tmp_path / "out") == 130
 
 
@@ -52,14 +52,14 @@ def test_what_will_be_done_is_said_before():
 
 def test_the_plan_counts_what_is_sampled(tmp_path, monkeypatch, capsys):
     """With a given negative nothing is trained, and as many sets are sampled as were announced."""
-    monkeypatch.setattr(evaluate, "fine_tune", None)
+    monkeypatch.setattr("selfnpo.demo.experiment.fine_tune", None)
     sampled = []
-    real = evaluate.evaluate.__globals__["ddim_sample"]
-    monkeypatch.setattr("selfnpo.demo.evaluation.ddim_sample", lambda *args: sampled.append(args) or real(*args))
+    real = evaluation.ddim_sample
+    monkeypatch.setattr(evaluation, "ddim_sample", lambda *args: sampled.append(args) or real(*args))
     negative = DEMO_FOLDER / "transformer"
     flags = ("--negative", negative, "--num_samples", 200, "--seeds", 1, 2, "--guidance_scales", 2, 3)
     assert call("evaluate", *flags, "--output_dir", tmp_path / "out") == 0
     out = capsys.readouterr().out
-    assert out.startswith("to train: no negative; 3 judges\nto judge: 10 sets of 200 samples")
+    assert "to train: no negative; 3 judges\nto judge: 10 sets of 200 samples" in out.partition("#")[0]
     assert len(sampled) == 10
     assert "| guidance_scale = 3 |" in out

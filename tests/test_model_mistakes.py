@@ -100,7 +100,7 @@ BREAKAGES = {
     ),
     "unknown family": (
         lambda f: edit(f / "unet" / "config.json", _class_name="UNet3DConditionModel"),
-        "expected stable-diffusion (UNet2DConditionModel), stable-diffusion-2",
+        "expected CogVideoXTransformer3DModel, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel",
     ),
     "inpainting": (lambda f: edit(f / "unet" / "config.json", in_channels=9), "variant for inpainting"),
     "two kinds of condition": (
@@ -167,7 +167,7 @@ def test_noise_of_exploding_variance(models, refused, tmp_path):
 def test_steps_are_refused_before_anything_lasts(models, tmp_path, capsys):
     model = ("--pretrained_model_name_or_path", models("stable_diffusion"), "--output_dir", tmp_path / "out")
     assert call("train", *model, "--num_inference_steps", 30) == 2
-    assert capsys.readouterr().out == ""  # not even the memory plan, which comes before the weights
+    assert capsys.readouterr().out == "loading PyTorch and diffusers\n"  # and no memory plan, which precedes the weights
 
 
 def test_an_extra_that_is_not_installed(models, refused, monkeypatch):
@@ -213,7 +213,7 @@ def test_single_files(models, refused, tmp_path):
         ("stable_diffusion", ["--denoiser_name_or_path", "nowhere"], "nowhere was not found locally or on the hub"),
         ("stable_diffusion", ["--lora_name_or_path", "nowhere"], "nowhere was not found locally or on the hub"),
         ("stable_diffusion", ["--lora_name_or_path", "lora.pt"], "in a format that can run code"),
-        ("unconditional", ["--lora_name_or_path", "lora"], "diffusers has no LoRA for DDPMPipeline"),
+        ("unconditional", ["--lora_name_or_path", "."], "diffusers has no LoRA for DDPMPipeline"),
         ("stable_diffusion", ["--gradient_accumulation_steps", 0], "gradient_accumulation_steps is 0"),
         (
             "stable_diffusion",

@@ -13,8 +13,10 @@ from torch import nn
 
 from selfnpo.errors import UserError, first_line
 from selfnpo.models.family import Config
+from selfnpo.models.foreign import silent
 from selfnpo.models.origin import SINGLE_FILE, find, refuse_unsafe, weight_variants, why_not_loaded
 from selfnpo.options import ModelOptions
+from selfnpo.output import lasting
 
 
 def empty_denoiser(kind: type[ModelMixin], config: Config) -> ModelMixin:
@@ -37,15 +39,16 @@ def load_denoiser(
         UserError: weights are missing, corrupt or in an unsafe format.
     """
     try:
-        if isinstance(origin, Path):
-            info, model = {}, _from_single_file(kind, str(origin), subfolder, dtype, options, layout)
-        else:
-            model, info = kind.from_pretrained(
-                origin, subfolder=subfolder, revision=options.revision, variant=options.variant, torch_dtype=dtype,
-                use_safetensors=True, local_files_only=options.local_files_only, output_loading_info=True,
-                low_cpu_mem_usage=False,
-            )  # fmt: skip
-    except Exception as error:  # diffusers and the parsers it uses raise many types
+        with silent(), lasting(f"loading {'/'.join(filter(None, (str(origin), subfolder)))}"):
+            if isinstance(origin, Path):
+                info, model = {}, _from_single_file(kind, str(origin), subfolder, dtype, options, layout)
+            else:
+                model, info = kind.from_pretrained(
+                    origin, subfolder=subfolder, revision=options.revision, variant=options.variant, torch_dtype=dtype,
+                    use_safetensors=True, local_files_only=options.local_files_only, output_loading_info=True,
+                    low_cpu_mem_usage=False,
+                )  # fmt: skip
+    except Exception as error:  # diffusers raises many kinds, also from the parsers beneath it
         whole = "DiffusionPipeline" if origin == layout else kind.__name__
         why = why_not_loaded(origin, subfolder, options, whole) if isinstance(origin, str) else None
         told = f"{origin} could not be loaded as a {kind.__name__} from safetensors: {reason(error)}"

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import diffusers
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from selfnpo.errors import UserError
+from selfnpo.models.foreign import silent
 from selfnpo.options import SampleOptions
 
 Config = dict[str, Any]  # config.json of a denoiser
@@ -91,12 +91,8 @@ class Family(ABC):
 
     @property
     def pipeline_class(self) -> type[DiffusionPipeline]:
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # transformers suggests installing torchvision, which is not needed here
-        try:
+        with silent():  # transformers suggests installing torchvision, which is not needed here
             return getattr(diffusers, self.pipeline_name)
-        finally:
-            logging.set_verbosity(verbosity)
 
     @property
     def takes_prompts(self) -> bool:

@@ -148,9 +148,9 @@ def _encode(
         if name.startswith("tokenizer"):
             tokenizer = getattr(pipeline, name)
             limit = family.max_tokens(tokenizer, source.config)
-            if cut := too_long([*prompts, *further], tokenizer, limit):
-                total = len(prompts) + len(further)
-                print(f"warning: {name} cut {cut} of {total} prompts off after {limit} tokens")
+            given = [*filter(None, (*prompts, *further))]
+            if cut := too_long(given, tokenizer, limit):
+                print(f"warning: {cut} of {len(given)} prompts are longer than the {limit} tokens of {name}; cut")
     pipeline.to(device)
     found: list[dict[str, Tensor]] = []
     with progress(total=len(prompts) + 1 + len(further), desc="encode prompts", unit="prompt") as bar:

@@ -9,6 +9,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from selfnpo.errors import UserError, first_line
 from selfnpo.options import ModelOptions
+from selfnpo.output import lasting
 
 SINGLE_FILE = ".safetensors"
 UNSAFE = (".ckpt", ".pt", ".pth", ".bin")
@@ -25,7 +26,10 @@ def find(origin: str, filename: str, options: ModelOptions) -> Path | None:
             f"{origin} is not a {SINGLE_FILE} file; expected a diffusers folder, a Hugging Face id or a {SINGLE_FILE} file"
         )
     try:
-        return Path(hf_hub_download(origin, filename, revision=options.revision, local_files_only=options.local_files_only))
+        with lasting(f"looking for {origin} on the hub"):
+            return Path(
+                hf_hub_download(origin, filename, revision=options.revision, local_files_only=options.local_files_only)
+            )
     except LocalEntryNotFoundError as error:
         if offline(options) and _cached(origin):
             return None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import sys
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +24,7 @@ from selfnpo.models.origin import (
     why_not_loaded,
 )
 from selfnpo.options import DEMO, ModelOptions, SampleOptions
+from selfnpo.output import lasting
 
 if TYPE_CHECKING:
     import torch
@@ -247,15 +247,12 @@ class Source:
             UserError: one of them is missing or cannot be loaded.
         """
         import diffusers
-        import transformers
         from packaging.version import Version
         from torch import nn
 
         from selfnpo.models.denoiser import check_complete, reason
+        from selfnpo.models.foreign import silent
 
-        if not sys.stderr.isatty():  # bars would clutter the output
-            diffusers.utils.logging.disable_progress_bar()
-            transformers.utils.logging.disable_progress_bar()
         dtype_name = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
         kind, options = self.family.pipeline_class, self.options
         expected, _ = kind._get_signature_keys(kind)
@@ -265,17 +262,19 @@ class Source:
             if index.get(name, (None, None))[0] is None:
                 raise UserError(f"{self.name} has no {name} in its model_index.json; expected a complete {kind.__name__}")
         try:
-            if self.file is not None:
-                pipeline = kind.from_single_file(
-                    str(self.file), config=self.layout, local_files_only=options.local_files_only, **{dtype_name: dtype},
-                    **left_out,
-                )  # fmt: skip
-            else:
-                pipeline = kind.from_pretrained(
-                    self.layout, revision=options.revision, variant=options.variant, use_safetensors=True,
-                    local_files_only=options.local_files_only, scheduler=self.scheduler, **{dtype_name: dtype}, **left_out,
-                )  # fmt: skip
-        except Exception as error:  # diffusers raises many types
+            with silent(), lasting(f"loading {', '.join(wanted)} of {self.name}"):
+                if self.file is not None:
+                    pipeline = kind.from_single_file(
+                        str(self.file), config=self.layout, local_files_only=options.local_files_only,
+                        **{dtype_name: dtype}, **left_out,
+                    )  # fmt: skip
+                else:
+                    pipeline = kind.from_pretrained(
+                        self.layout, revision=options.revision, variant=options.variant, use_safetensors=True,
+                        local_files_only=options.local_files_only, scheduler=self.scheduler, **{dtype_name: dtype},
+                        **left_out,
+                    )  # fmt: skip
+        except Exception as error:  # as above
             parts = wanted if self.file is None else ()
             why = (why_not_loaded(self.layout, name, options, "DiffusionPipeline") for name in parts)
             told = f"{', '.join(wanted)} of {self.name} could not be loaded from safetensors: {reason(error)}"

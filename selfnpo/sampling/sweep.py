@@ -56,19 +56,18 @@ def sweep(
     wanted = list(dict.fromkeys(wanted))
     betas = list(dict.fromkeys(method.beta for method in wanted if method.beta is not None))
     keep = deepcopy if len(betas) > 1 else lambda model: model
-    bar = progress(total=len(wanted) * len(batches), desc="compare", unit="batch", leave=False)
     positive = None
-    for beta in betas:
-        negative = keep(trained)
-        mix_(negative, base.denoiser, tuned, alpha, beta)
-        nn.Module.to(negative, base.device, base.dtype)
-        positive = positive or nn.Module.to(keep(tuned or base.denoiser), base.device, base.dtype)
-        turn = [method for method in wanted if method.beta == beta or (method.beta is None and beta == betas[0])]
-        for batch in batches:
-            for method in turn:
-                index = torch.tensor(batch)
-                model = positive if method.beta is None else negative
-                options = method.guidance_scale, model, positive, num_inference_steps, batch_size
-                yield method, batch, ddim_sample(base, noise_of(base, index, seed), condition[index], *options)
-                bar.update()
-    bar.close()
+    with progress(total=len(wanted) * len(batches), desc="compare", unit="batch", leave=False) as bar:
+        for beta in betas:
+            negative = keep(trained)
+            mix_(negative, base.denoiser, tuned, alpha, beta)
+            nn.Module.to(negative, base.device, base.dtype)
+            positive = positive or nn.Module.to(keep(tuned or base.denoiser), base.device, base.dtype)
+            turn = [method for method in wanted if method.beta == beta or (method.beta is None and beta == betas[0])]
+            for batch in batches:
+                for method in turn:
+                    index = torch.tensor(batch)
+                    model = positive if method.beta is None else negative
+                    options = method.guidance_scale, model, positive, num_inference_steps, batch_size
+                    yield method, batch, ddim_sample(base, noise_of(base, index, seed), condition[index], *options)
+                    bar.update()

@@ -256,6 +256,8 @@ def test_a_lora_is_merged_into_the_base(models, tmp_path, put_in_cache, family):
 
 def test_prompts_that_are_too_long_are_counted(models, capsys):
     load(models("stable_diffusion"), ["short", "long " * 40])
-    assert "warning: tokenizer cut 1 of 2 prompts off after 77 tokens" in capsys.readouterr().out
+    assert "warning: 1 of 2 prompts are longer than the 77 tokens of tokenizer; cut" in capsys.readouterr().out
+    load_pretrained(ModelOptions(str(models("stable_diffusion"))), further_prompts=("short", "long " * 40))
+    assert "warning: 1 of 2 prompts" in capsys.readouterr().out  # the empty one is not the user's
     load(models("stable_diffusion"), ["short"])
     assert "warning" not in capsys.readouterr().out

@@ -71,8 +71,8 @@ def nothing_is_loaded(monkeypatch):
 
     for name in ("pipeline", "denoiser", "replacement"):
         monkeypatch.setattr(Source, name, fail)
-    monkeypatch.setattr("selfnpo.evaluate.load_pretrained", fail)
-    monkeypatch.setattr("selfnpo.evaluate.Metrics", fail)
+    monkeypatch.setattr("selfnpo.models.loading.load_pretrained", fail)
+    monkeypatch.setattr("selfnpo.demo.metrics.Metrics", fail)
 
 
 def refused(capsys, sentence, *arguments):

@@ -102,7 +102,7 @@ def test_samples_are_replaced_only_if_asked(write, tmp_path, capsys, monkeypatch
         (tmp_path / "out" / name).write_text("mine")
     before = files(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("selfnpo.models.load_pretrained", None)
+        patch.setattr("selfnpo.models.loading.load_pretrained", None)
         assert write("--num_images", 2) == 2
     assert "output_dir out exists and is not empty; choose another, pass --overwrite" in capsys.readouterr().err
     assert files(tmp_path) == before
