@@ -107,7 +107,7 @@ def damage(folder: Path, kind: str) -> None:
     [
         ("truncated", "could not be read as safetensors"),
         ("foreign", "a different architecture than the base"),
-        ("another config", "has another architecture than the base"),
+        ("another config", "has a different architecture than the base"),
         ("pickle", "in a format that can run code when it is opened; convert them once"),
         ("no config", "contains neither config.json"),
         ("broken config", "could not be read"),
