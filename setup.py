@@ -1,7 +1,7 @@
-"""Builds the extension selfnpo_kernels._C with CMake and ninja; everything else is in pyproject.toml.
+"""Build the extension selfnpo_kernels._C with CMake and ninja; everything else is in pyproject.toml.
 
 CMAKE_ARGS adds arguments, for example CMAKE_ARGS=-DSELFNPO_CUDA=OFF for an extension without CUDA.
-SELFNPO_NO_EXTENSION=1 builds none: the package is then pure Python, and its operations run on plain PyTorch.
+SELFNPO_NO_EXTENSION=1 builds no extension: the package is then pure Python, and its operations run on plain PyTorch.
 """
 
 import os
@@ -21,7 +21,7 @@ WITHOUT = "SELFNPO_NO_EXTENSION=1 installs without it: everything works, but slo
 
 
 class Build(build):
-    """Starts with what may fail, so that an error is not the last of hundreds of lines."""
+    """Builds the extension first, so that an error does not follow hundreds of other lines."""
 
     sub_commands = sorted(build.sub_commands, key=lambda command: command[0] != "build_ext")
 
@@ -43,7 +43,7 @@ class CMakeBuild(build_ext):
         self.cmake("--build", str(folder))
 
     def cmake(self, *arguments: str) -> None:
-        """Without an activated environment, its programs are still found."""
+        """Run cmake; it is found even if the virtual environment is not activated."""
         path = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
         try:
             done = subprocess.run(
@@ -61,7 +61,7 @@ class CMakeBuild(build_ext):
         print(done.stdout)
 
 
-if "develop" in sys.argv:  # what pip before 21.3 runs for pip install -e
+if "develop" in sys.argv:  # pip before 21.3 runs this for pip install -e
     sys.exit("error: an editable installation needs pip 21.3 or newer. Run pip install --upgrade pip, then pip install -e .")
 extensions = [] if os.environ.get("SELFNPO_NO_EXTENSION") == "1" else [Extension("selfnpo_kernels._C", sources=[])]
 setup(ext_modules=extensions, cmdclass={"build": Build, "build_ext": CMakeBuild})

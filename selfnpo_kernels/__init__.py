@@ -1,6 +1,6 @@
-"""Fused operations between two evaluations of a diffusion model, useful alone.
+"""Fused operations for what happens between two evaluations of a diffusion model. They can be used on their own.
 
-`selfnpo_kernels.reference` is their specification, `selfnpo_kernels.dispatch` says which backend runs where.
+`selfnpo_kernels.reference` is their specification. `selfnpo_kernels.dispatch` describes which backend runs where.
 """
 
 from selfnpo_kernels.cfg_combine import cfg_combine
@@ -14,7 +14,7 @@ from selfnpo_kernels.reference import join_weights, split_weights
 from selfnpo_kernels.tweedie import tweedie
 from selfnpo_kernels.x0_loss import x0_loss
 
-__version__ = "0.2.0"  # of selfnpo, too: pyproject.toml and selfnpo/__init__.py read it here
+__version__ = "0.2.0"  # also selfnpo's version: pyproject.toml and selfnpo/__init__.py read it from here
 
 __all__ = [
     "backend",

@@ -12,20 +12,20 @@ from selfnpo_kernels.registration import register
 def cfg_combine(model_output: Tensor, guidance_scale: float | Tensor, guidance_rescale: float = 0.0) -> Tensor:
     """(w + 1) positive - w negative with w = guidance_scale - 1, from the batch [negative; positive].
 
-    `guidance_rescale` mixes in the result rescaled to the positive's standard deviation per sample (Lin et al.,
-    arXiv 2305.08891, section 3.4), as diffusers' `rescale_noise_cfg` does; 0 leaves it out.
+    `guidance_rescale` mixes in the result, rescaled to the positive's per-sample standard deviation (Lin et al.,
+    arXiv 2305.08891, section 3.4), as diffusers' `rescale_noise_cfg` does. 0 turns it off.
 
-    Per element of float32 output: 8 bytes read and 4 written; with rescaling a second reading.
+    Memory traffic per float32 element of the output: 8 bytes read and 4 written; rescaling reads the input twice.
 
     Args:
-        model_output: `[2 B, ...]`, any floating point.
+        model_output: `[2 B, ...]`, any floating-point dtype.
         guidance_scale: a number, or one float32 element on the model output's device.
 
     Returns:
         `[B, ...]` in the model output's dtype and memory format. Gradients flow to `model_output`.
 
     Raises:
-        ValueError: an odd batch, a guidance scale or rescale that is not finite.
+        ValueError: the batch is odd, or the guidance scale or rescale is not finite.
     """
     operands.check_kind("cfg_combine", "model_output", model_output)
     if model_output.ndim == 0 or model_output.shape[0] % 2:

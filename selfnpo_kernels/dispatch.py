@@ -1,14 +1,15 @@
-"""Which backend runs an op, and why.
+"""Choose the backend that runs an op.
 
     device      backend
     CPU         cpp, the compiled extension
-    CUDA        triton (the optimizer: cpp, whose extension holds a CUDA kernel), from sm_80 on
-    any other   reference, plain PyTorch; so does float64 everywhere
+    CUDA        triton from sm_80 on; the optimizer uses cpp, whose extension contains a CUDA kernel
+    any other   reference, plain PyTorch; also for float64 on every device
 
-Where a backend cannot run (an older GPU or Triton, an extension built without CUDA), the reference does, with a warning.
+If a backend cannot run (an older GPU or Triton, an extension built without CUDA), the reference runs, with a warning.
 
-`SELFNPO_BACKEND=reference|cpp|triton` or `with backend(name)` forces one for the whole process; one that cannot run raises
-and says why. Under `TRITON_INTERPRET=1` the triton backend also takes CPU tensors, slowly: that is for tests.
+`SELFNPO_BACKEND=reference|cpp|triton` or `with backend(name)` forces a backend for the whole process. If it cannot run, the
+op raises an error that says why. With `TRITON_INTERPRET=1` the triton backend also accepts CPU tensors. That is slow, and
+meant for tests.
 """
 
 import os
@@ -32,7 +33,7 @@ def backend(name: str) -> Iterator[None]:
     """Force a backend inside a `with` block.
 
     Raises:
-        ValueError: there is no such backend. Ops raise RuntimeError where it cannot run them.
+        ValueError: no such backend exists. Ops raise RuntimeError if the backend cannot run them.
     """
     global _forced
     before, _forced = _forced, _known(name, "backend()")
@@ -43,11 +44,11 @@ def backend(name: str) -> Iterator[None]:
 
 
 def backend_for(op: str, tensor: Tensor, cuda: str = "triton") -> str:
-    """The backend that runs `op` on `tensor`; `cuda` is the one that serves CUDA tensors by default.
+    """The backend that runs `op` on `tensor`; `cuda` is the default backend for CUDA tensors.
 
     Raises:
         RuntimeError: the forced backend cannot run it.
-        ValueError: SELFNPO_BACKEND names none.
+        ValueError: SELFNPO_BACKEND is not a backend.
     """
     forced = _forced or os.environ.get("SELFNPO_BACKEND")
     if forced:
@@ -72,7 +73,7 @@ def _known(name: str, source: str) -> str:
 
 
 def _obstacle(op: str, name: str, tensor: Tensor, cuda: str) -> str | None:
-    """Why a backend cannot run an op on a tensor."""
+    """Why a backend cannot run an op on a tensor, or None if it can."""
     if name == "reference":
         return None
     if tensor.dtype not in extension.DTYPES:
@@ -84,7 +85,9 @@ def _obstacle(op: str, name: str, tensor: Tensor, cuda: str) -> str | None:
             return f"the extension is {extension.state()}"
         if on_gpu:
             return _age(tensor.device)
-        return None if device == "cpu" else f"it runs on the CPU, the tensor is on {tensor.device}; use triton or reference"
+        return (
+            None if device == "cpu" else f"it runs on the CPU, but the tensor is on {tensor.device}; use triton or reference"
+        )
     if cuda != "triton":
         return "it has no Triton kernel; use cpp or reference"
     if triton_failure():
@@ -93,15 +96,17 @@ def _obstacle(op: str, name: str, tensor: Tensor, cuda: str) -> str | None:
         return _age(tensor.device)
     if device == "cpu" and _interpreting():
         return None
-    return f"it runs on CUDA devices, the tensor is on {tensor.device} (TRITON_INTERPRET=1 runs its interpreter on the CPU)"
+    return (
+        f"it runs on CUDA devices, but the tensor is on {tensor.device} (TRITON_INTERPRET=1 runs its interpreter on the CPU)"
+    )
 
 
 def _age(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"the kernels need a GPU of sm_80 or later, this one is sm_{major}{minor}"
+    return None if major >= 8 else f"the kernels need a GPU with sm_80 or later, but this one has sm_{major}{minor}"
 
 
-# What the kernels take from triton.language beyond its oldest names, and the oldest release that they are tested with.
+# Newer names in triton.language that the kernels use, and the oldest tested release.
 TRITON_NAMES = ("add", "cast", "div_rn", "join", "sqrt_rn", "static_range")
 TRITON_FLOOR = "3.6"
 
@@ -113,14 +118,14 @@ def triton_failure() -> str | None:
         import triton
         import triton.language as tl
     except ImportError as error:
-        return f"Triton does not import ({error})"
+        return f"Triton cannot be imported ({error})"
     remedy = f"pip install 'triton>={TRITON_FLOOR}'"
     missing = [f"triton.language.{name}" for name in TRITON_NAMES if not hasattr(tl, name)]
     if missing:
-        return f"Triton {triton.__version__} has no {missing[0]}; install one that is tested, {remedy}"
+        return f"Triton {triton.__version__} has no {missing[0]}; install a tested release with {remedy}"
     version, floor = (tuple(map(int, each.split(".")[:2])) for each in (triton.__version__, TRITON_FLOOR))
     if version < floor:
-        return f"Triton {triton.__version__} is too old; {remedy}"
+        return f"Triton {triton.__version__} is too old; run {remedy}"
     return None
 
 
@@ -131,7 +136,7 @@ def _interpreting() -> bool:
 
 
 def summary() -> str:
-    """One line on what runs where."""
+    """One line on which backend runs where."""
     gpu = "reference" if triton_failure() else "triton"
     cpu = "reference" if extension._C is None else "cpp"
     forced = _forced or os.environ.get("SELFNPO_BACKEND")

@@ -1,4 +1,4 @@
-"""Loads the compiled module `_C`, and says tensors in its terms. Without it everything still works, only slower."""
+"""Load the compiled module `_C` and describe tensors to it. Without it everything works, but slower."""
 
 from pathlib import Path
 from types import ModuleType
@@ -13,12 +13,12 @@ try:
 except ImportError as error:
     _C, failure = None, str(error)
 
-# In the order of csrc/cpu/kernel.h. The kernels compute in float32 whatever they read.
+# In the order of csrc/cpu/kernel.h. The kernels always compute in float32.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def typed(tensor: Tensor | None) -> tuple[int, int]:
-    """(address, dtype code) of a dense tensor; address 0 where it is absent."""
+    """(address, dtype code) of a dense tensor; the address is 0 for None."""
     return (0, 0) if tensor is None else (tensor.data_ptr(), DTYPES.index(tensor.dtype))
 
 
@@ -26,14 +26,14 @@ def _remedy() -> str:
     folder = Path(__file__).parents[1]
     if (folder / "CMakeLists.txt").is_file() and (folder / "setup.py").is_file():
         return (
-            f"Python runs the source code in {folder}, where nothing is built: run pip install -e . there, or start Python "
-            "in another folder to use what pip install . installed"
+            f"Python uses the source code in {folder}, where the extension is not built: run pip install -e . there, or "
+            "start Python in another folder to use the installed package"
         )
-    return "to get it, run pip install --no-deps . in the source code, with a C++ compiler"
+    return "to build it, run pip install --no-deps . in the source folder; this needs a C++ compiler"
 
 
 def state() -> str:
-    """One line: whether the extension is there, and what it was built by."""
+    """One line on whether the extension is available, and how it was built."""
     if _C is None:
         return f"not available ({failure}); {_remedy()}"
     cuda = f"CUDA by {_C.cuda_architectures}" if _C.cuda_architectures else "no CUDA: built without nvcc"

@@ -1,4 +1,4 @@
-"""x_s = a x_t + b z in one pass over memory, the noise drawn where it is used and never stored."""
+"""x_s = a x_t + b z in one pass over memory. The noise is generated where it is used and never stored."""
 
 import torch
 from torch import Tensor
@@ -16,23 +16,23 @@ def forward_jump(
 
         x_s = a x_t + b z,   z = philox_normal(x_t.shape, seed, step, site, sample_ids)
 
-    Per element of float32: 4 bytes read and 4 written. The noise depends on its arguments and on the logical row-major index
-    alone, so a sample jumps the same way in any batch, memory format, dtype and on any backend: the integers are the same,
-    the normals agree to 5e-7 (beyond |z| = 2, to 2.5e-7 of z).
+    Memory traffic per float32 element: 4 bytes read and 4 written. The noise depends only on its arguments and the logical
+    row-major index, so a sample jumps the same way in any batch, memory format and dtype, and on any backend: the random
+    integers are identical, and the normals agree to 5e-7 (beyond |z| = 2, to 2.5e-7 of z).
 
     Args:
-        sample: `[B, ...]`, any floating point, up to 2^34 elements per sample.
+        sample: `[B, ...]`, any floating-point dtype, up to 2^34 elements per sample.
         rows: (a, b) `[B, 2]`, float32: a = alpha_s / alpha_t, b^2 = sigma_s^2 - a^2 sigma_t^2. A zero removes its operand.
-        seed, step, site: who draws, when and what for; unsigned integers of 64, 32 and 32 bits. Seed and step may be one
-            int64 element on the sample's device.
-        sample_ids: `[B]` int64, which sample of the run each row of the batch is; its low 32 bits count.
+        seed, step, site: the run, the time and the purpose of the draw; unsigned integers of 64, 32 and 32 bits. Seed and
+            step may each be a tensor of one int64 element on the sample's device.
+        sample_ids: `[B]` int64, the number of each sample in the run; only the low 32 bits are used.
 
     Returns:
         Tensor like `sample`, in its memory format. Gradients flow to `sample`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, numbers out of range; on the CPU also a NaN in `rows`, which
-            stands for a negative variance (s less noisy than t).
+        ValueError: shapes, dtypes or devices do not match, or numbers are out of range; on the CPU also a NaN in `rows`,
+            which means a negative variance (s less noisy than t).
     """
     operands.check("forward_jump", sample, 2, rows)
     check_noise("forward_jump", tuple(sample.shape), sample_ids, sample.device, site)
@@ -42,7 +42,7 @@ def forward_jump(
 
 
 def check_noise(op: str, shape: tuple[int, ...], sample_ids: Tensor, device: torch.device, site: int) -> None:
-    """Raises: ValueError where the addresses of the noise do not fit the samples."""
+    """Raises: ValueError if the arguments of the noise do not fit the samples."""
     operands.check_tensor(op, "sample_ids", sample_ids)
     if sample_ids.shape != shape[:1] or sample_ids.dtype != torch.int64:
         raise ValueError(
@@ -56,12 +56,16 @@ def check_noise(op: str, shape: tuple[int, ...], sample_ids: Tensor, device: tor
     for size in shape[1:]:
         elements *= size
     if elements > 2**34:
-        raise ValueError(f"{op} got {elements} elements per sample; the noise counts up to 2^34, split the sample")
+        raise ValueError(
+            f"{op} got {elements} elements per sample; the noise generator supports up to 2^34; split the sample"
+        )
 
 
 def _run(sample, rows, sample_ids, seed, seed_tensor, step, step_tensor, site):
     if rows.device.type == "cpu" and rows.isnan().any():
-        raise ValueError("forward_jump got a NaN in rows: a negative variance; expected every s noisier than its t")
+        raise ValueError(
+            "forward_jump got a NaN in rows, which means a negative variance; expected every s to be noisier than its t"
+        )
     order = operands.memory_format(sample)
     seed, step = operands.unsigned(seed, seed_tensor), operands.unsigned(step, step_tensor)
     backend = backend_for("forward_jump", sample)
@@ -83,12 +87,12 @@ def launch(
     site: int,
     order: torch.memory_format,
 ) -> None:
-    """Fill the output; `philox_normal` is the case without a sample, under the row (0, 1)."""
+    """Fill the output. `philox_normal` uses it without a sample and with the row (0, 1)."""
     if not out.numel():
         return
     sample, sample_ids = operands.dense(sample, order), sample_ids.contiguous()
     rows = operands.dense_rows(rows)
-    # Stored channels last, one position of a sample holds all its channels side by side.
+    # In channels-last order, the channels of a position are next to each other.
     channels = out.shape[1] if order != torch.contiguous_format else 1
     positions = out[0].numel() // channels
     if backend == "triton":

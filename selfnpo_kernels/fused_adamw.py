@@ -1,7 +1,7 @@
-"""AdamW over all parameters: clip factor, update, moving average and bfloat16 weights in one pass over memory.
+"""AdamW for all parameters: clip factor, update, moving average and bfloat16 weights in one pass over memory.
 
-Two ways to keep float32 master weights beside the bfloat16 ones that the model computes with, counted on paper in bytes per
-parameter and step, with bfloat16 gradients and an average that is kept in both precisions too:
+There are two ways to keep float32 master weights for a model that computes in bfloat16. In bytes per parameter and step,
+with bfloat16 gradients and a moving average in both precisions too:
 
                                         plain: float32 + bfloat16 copy      split: bfloat16 high + int16 low half
     gradient, twice (norm, update)      2 + 2                               2 + 2
@@ -12,8 +12,8 @@ parameter and step, with bfloat16 gradients and an average that is kept in both 
     memory                              22                                  18
       (weights, average, gradient, two moments)
 
-The split layout loses nothing: the two halves add up to the float32 bits. It wins by 10 % of the traffic and 4 bytes of
-memory, so it is the one that is built; parameters that the model uses in float32 need no copy and stay plain.
+The split layout is lossless: the two halves add up to the float32 bits. It saves 10 % of the traffic and 4 bytes of memory,
+so it is the one implemented here. Parameters that the model uses in float32 need no copy and are not split.
 """
 
 from collections.abc import Iterator
@@ -46,25 +46,26 @@ def fused_adamw_(
 ) -> None:
     """Step every parameter in place. See `reference.fused_adamw_` for the formulas; they are those of `torch.optim.AdamW`.
 
-    What changes from step to step may lie in device memory: a captured graph follows it there, and nothing synchronises. A
-    plain number is copied to the device by every call; a captured graph repeats the number that it was captured with.
+    `step`, `lr` and `grad_scale` may be device tensors: a captured graph then uses their current values, and nothing
+    synchronises. A plain number is copied to the device in every call; a captured graph repeats the number it was captured
+    with.
 
-    Clip by norm without a synchronisation through `grad_scale`:
+    To clip by norm without synchronising, use `grad_scale`:
 
         norm = torch.nn.utils.get_total_norm(grads)
         fused_adamw_(..., grad_scale=(max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
 
     Args:
-        params: float32, or bfloat16 where `lows` holds the int16 low halves (`reference.split_weights` makes the pair).
-        grads: like `params` in shape; float32, bfloat16 or float16, all of one dtype.
-        exp_avgs, exp_avg_sqs: float32 like `params`; zeros before the first step.
-        step: how many steps there are with this one, from 1 on; an integer, or one int64 element on the parameters' device.
+        params: float32, or bfloat16 if `lows` contains the int16 low halves (`reference.split_weights` makes the pair).
+        grads: same shapes as `params`; float32, bfloat16 or float16, all with the same dtype.
+        exp_avgs, exp_avg_sqs: float32, same shapes as `params`; zeros before the first step.
+        step: the number of this step, starting at 1; an integer, or one int64 element on the parameters' device.
         lr: a number, or one float32 element there.
         grad_scale: multiplies the gradients; a number, or one float32 element there.
         emas, ema_lows: moving averages of the parameters, in the parameters' layout, updated after them.
 
     Raises:
-        ValueError: lists, shapes, dtypes, devices or memory that do not fit; on the CPU also a step before the first.
+        ValueError: lists, shapes, dtypes, devices or memory orders do not match; on the CPU also a step below 1.
     """
     lists = {
         "params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs,
@@ -90,7 +91,7 @@ def fused_adamw_(
 
 
 def _check_list(name: str, tensors: list[Tensor]) -> None:
-    """Looks only at the first tensor: a model has hundreds, and `_check` finds the others where it compares them."""
+    """Only checks the first tensor: a model has hundreds, and `_check` compares all of them."""
     if not isinstance(tensors, list | tuple):
         remedy = f"list({name})" if isinstance(tensors, Iterator) else f"[{name}]"
         raise ValueError(
@@ -131,14 +132,16 @@ def _check(lists: dict[str, list[Tensor]]) -> None:
     if grad not in extension.DTYPES:
         raise ValueError(f"fused_adamw_ got grads of {grad}; expected float32, bfloat16 or float16")
     if bool(lists["ema_lows"]) != (split and bool(lists["emas"])):
-        raise ValueError("fused_adamw_ got averages in another layout than params; expected ema_lows exactly where lows is")
+        raise ValueError(
+            "fused_adamw_ got averages in another layout than params; expected ema_lows exactly if lows is given"
+        )
     shapes = [getattr(param, "shape", None) for param in params]
     for name, tensors in lists.items():
         if name in ("lows", "emas", "ema_lows") and not tensors:
             continue
         if len(tensors) != len(params):
             raise ValueError(f"fused_adamw_ got {len(tensors)} {name} for {len(params)} params; expected as many")
-        # Whole columns are compared: a model has hundreds of parameters, and every step comes here.
+        # Compare whole columns, which is fast: a model has hundreds of parameters, and this runs in every step.
         expected = [(shape, dtypes[name], device) for shape in shapes]
         try:
             found = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
@@ -154,13 +157,13 @@ def _check(lists: dict[str, list[Tensor]]) -> None:
             if name != "grads" and not same_order(tensor, param):
                 raise ValueError(
                     f"fused_adamw_ got one of {name} with strides {tensor.stride()} for a parameter {tuple(param.shape)} "
-                    f"with strides {param.stride()}; expected one memory order, as torch.empty_like(param) has it"
+                    f"with strides {param.stride()}; expected the same memory order, as from torch.empty_like(param)"
                 )
     for param in params:
         if not param.is_contiguous() and not param.is_contiguous(memory_format=memory_format(param)):
             raise ValueError(
                 f"fused_adamw_ got a parameter {tuple(param.shape)} with strides {param.stride()}; "
-                "expected it row-major or channels last, as contiguous() makes it"
+                "expected row-major or channels last, as from contiguous()"
             )
 
 
@@ -175,14 +178,14 @@ def _run(
     device = params[0].device
     if device.type == "cpu":
         _counted(step.item())
-    # The moments are float32 in every layout: they say whether the kernels' dtypes are at hand.
+    # The moments are float32 in every layout, so they select the backend.
     if backend_for("fused_adamw_", exp_avgs[0], cuda="cpp") == "reference":
         reference.fused_adamw_(
             params, grads, exp_avgs, exp_avg_sqs, step, lr, grad_scale, lows, emas, ema_lows, beta1, beta2, eps,
             weight_decay, ema_decay,
         )  # fmt: skip
         return
-    # Gradients may be stored in another order than their parameters; everything else is updated where it lies.
+    # Gradients may have another memory order than their parameters. Everything else is updated in place.
     grads = [
         grad if same_order(grad, param) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
         for param, grad in zip(params, grads, strict=True)

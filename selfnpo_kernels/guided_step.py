@@ -16,10 +16,10 @@ def guided_step(
 
         m = uncond + guidance_scale (cond - uncond);  x_0 = p0 x + q0 m;  x_prev = p1 x + q1 m
 
-    Per element of float32: 12 bytes read and 8 written; 8 read without `uncond`.
+    Memory traffic per float32 element: 12 bytes read (8 without `uncond`) and 8 written.
 
     Args:
-        sample, cond, uncond: `[B, ...]`, any floating point; `uncond=None` means m = cond.
+        sample, cond, uncond: `[B, ...]`, any floating-point dtype; `uncond=None` means m = cond.
         guidance_scale: a number, or one float32 element on the sample's device.
         rows: (p0, q0, p1, q1) `[B, 4]`, float32. A zero removes its operand, even an infinite one.
 
@@ -28,7 +28,7 @@ def guided_step(
         arguments.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a guidance scale that is not finite.
+        ValueError: shapes, dtypes or devices do not match, or the guidance scale is not finite.
     """
     if uncond is None:
         operands.check("guided_step", sample, 4, rows, cond=cond)
@@ -61,7 +61,7 @@ def launch(
     scale: float | Tensor,
     order: torch.memory_format,
 ) -> None:
-    """Fill the outputs; `tweedie` is the case without `prev_sample` and `uncond`."""
+    """Fill the outputs. `tweedie` uses it without `prev_sample` and `uncond`."""
     if not sample.numel():
         return
     sample, cond, uncond = (operands.dense(tensor, order) for tensor in (sample, cond, uncond))

@@ -1,4 +1,4 @@
-"""What every op asks of its arguments, and the memory order in which its kernels see them."""
+"""Checks on the arguments of ops, and the memory order in which kernels read them."""
 
 import math
 import operator
@@ -17,7 +17,7 @@ def check(op: str, sample: Tensor, columns: int, rows: Tensor, **others: Tensor)
     """`others` must look like `sample`, `rows` must be `[B, columns]`.
 
     Raises:
-        ValueError: in one sentence, what was got and what is expected.
+        ValueError: says in one sentence what was given and what is expected.
     """
     for name, tensor in {"sample": sample, "rows": rows, **others}.items():
         check_kind(op, name, tensor)
@@ -35,21 +35,21 @@ def check(op: str, sample: Tensor, columns: int, rows: Tensor, **others: Tensor)
         raise ValueError(f"{op} has no gradient for rows; pass rows.detach()")
     for name, tensor in others.items():
         if tensor.shape != sample.shape:
-            raise ValueError(f"{op} got {name} of shape {tuple(tensor.shape)}; expected {tuple(sample.shape)}, as sample")
+            raise ValueError(f"{op} got {name} of shape {tuple(tensor.shape)}; expected {tuple(sample.shape)}, like sample")
 
 
 def check_tensor(op: str, name: str, value: Any) -> None:
-    """Raises: ValueError for a list, a NumPy array or anything else that is no tensor."""
+    """Raises: ValueError for a list, a NumPy array or anything else that is not a tensor."""
     if not isinstance(value, Tensor):
         remedy = "" if value is None else f", for example torch.as_tensor({name})"
         raise ValueError(f"{op} got {name} of type {type(value).__name__}; expected a tensor{remedy}")
 
 
 def check_kind(op: str, name: str, tensor: Tensor) -> None:
-    """Raises: ValueError where `tensor` is not a dense tensor of floating point."""
+    """Raises: ValueError if `tensor` is not a dense floating-point tensor."""
     check_tensor(op, name, tensor)
     if not tensor.is_floating_point():
-        raise ValueError(f"{op} got {name} of {tensor.dtype}; expected floating point, for example {name}.float()")
+        raise ValueError(f"{op} got {name} of {tensor.dtype}; expected a floating-point dtype, for example {name}.float()")
     if tensor.layout != torch.strided:
         raise ValueError(f"{op} got {name} in {tensor.layout}; expected a dense tensor, for example {name}.to_dense()")
 
@@ -66,7 +66,7 @@ def number(op: str, name: str, value: float, expected: str = "a finite number") 
     """A plain number as a float.
 
     Raises:
-        ValueError: it is no number, or not a finite one.
+        ValueError: it is not a finite number.
     """
     try:
         if not isinstance(value, Tensor) and math.isfinite(value):
@@ -82,9 +82,9 @@ def _refuse(op: str, name: str, value: Any, expected: str) -> NoReturn:
 
 
 def counter(op: str, name: str, value: int | Tensor, bits: int, device: torch.device) -> tuple[int, Tensor | None]:
-    """An unsigned integer, as the signed one of the same 64 bits, or a tensor of one int64 element on `device`."""
+    """An unsigned integer, as the signed one with the same 64 bits, or a tensor of one int64 element on `device`."""
     if not isinstance(value, Tensor):
-        if type(value) is not int or value >> bits:  # the common case takes no further call
+        if type(value) is not int or value >> bits:  # fast path for the common case
             value = integer(op, name, value, bits)
         return (value if value < 2**63 else value - 2**64), None
     check_scalar_tensor(op, name, value, torch.int64, device)
@@ -95,7 +95,7 @@ def integer(op: str, name: str, value: int, bits: int) -> int:
     """A plain unsigned integer.
 
     Raises:
-        ValueError: it is no integer, or needs more bits.
+        ValueError: it is not an integer, or needs more bits.
     """
     if not isinstance(value, _INTEGERS):
         try:
@@ -108,12 +108,12 @@ def integer(op: str, name: str, value: int, bits: int) -> int:
 
 
 def unsigned(value: int, tensor: Tensor | None) -> int | Tensor:
-    """What `counter` was given: its second result where there is one, else the unsigned integer."""
+    """Undo `counter`: the tensor if there is one, or else the unsigned integer."""
     return value % 2**64 if tensor is None else tensor
 
 
 def check_scalar_tensor(op: str, name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises: ValueError where `value` is not one element of this dtype on this device, without gradient."""
+    """Raises: ValueError if `value` is not one element with this dtype on this device, without gradient."""
     if value.numel() != 1 or value.dtype != dtype or value.device != device:
         raise ValueError(
             f"{op} got {name} as a {value.dtype} tensor of {value.numel()} elements on {value.device}; "
@@ -124,7 +124,7 @@ def check_scalar_tensor(op: str, name: str, value: Tensor, dtype: torch.dtype, d
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """The order in which kernels walk through a tensor: channels last where it is stored so, else row-major."""
+    """The order in which kernels read a tensor: channels last if it is stored that way, else row-major."""
     channels_last = _CHANNELS_LAST.get(tensor.ndim)
     if not tensor.is_contiguous() and channels_last and tensor.is_contiguous(memory_format=channels_last):
         return channels_last
@@ -132,15 +132,15 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
 
 
 def empty_like(tensor: Tensor, *_: object) -> Tensor:
-    """Memory for a result like `tensor`, in the order of `memory_format`; also the fake of an op with such a result."""
+    """Memory for a result like `tensor`, in its `memory_format`; also the fake of an op with such a result."""
     return torch.empty_like(tensor, memory_format=memory_format(tensor))
 
 
 def same_order(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape lie in memory in the same order.
+    """Whether two tensors of the same shape have the same memory order.
 
-    The stride of a dimension with one entry is never used, and PyTorch's ops set it differently: the weights of a 1x1
-    convolution in channels-last order, in bfloat16, have other strides than their int16 remainder.
+    The stride of a dimension with one entry is never used, and PyTorch's ops set it inconsistently: channels-last weights of
+    a 1x1 convolution have different strides in bfloat16 than their int16 remainder.
     """
     if one.stride() == other.stride() or not one.numel():
         return True
@@ -148,7 +148,7 @@ def same_order(one: Tensor, other: Tensor) -> bool:
 
 
 def dense(tensor: Tensor | None, order: torch.memory_format) -> Tensor | None:
-    """The tensor itself where a kernel can read it in this order, else a copy."""
+    """The tensor itself if a kernel can read it in this order, or else a copy."""
     if tensor is None:
         return None
     if tensor.dtype not in DTYPES:
@@ -157,6 +157,6 @@ def dense(tensor: Tensor | None, order: torch.memory_format) -> Tensor | None:
 
 
 def dense_rows(rows: Tensor) -> Tensor:
-    """Rows of float32, each dense; the stride between them is 0 where all samples share one."""
+    """float32 rows, each dense; the stride between them is 0 if all samples share one."""
     rows = rows.float()
     return rows if rows.stride(1) == 1 else rows.contiguous()

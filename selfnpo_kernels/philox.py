@@ -1,12 +1,12 @@
 """Counter-based noise: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
-A draw is a pure function of where it is used, never of how the work was split:
+A draw is a pure function of where it is used. It does not depend on how the work is split:
 
     counter = (element // 4, step, site, sample_id)     key = (low, high) half of the 64-bit seed
 
-`element` is the logical row-major (NCHW) index inside one sample. Each counter yields four 32-bit integers, hence the
+`element` is the logical row-major (NCHW) index inside one sample. Each counter yields four 32-bit integers, for the
 four elements 4q .. 4q + 3. This file is the specification; csrc/philox.h and Triton compute the same integers bit for bit.
-`reference.philox_normal` makes normals of them.
+`reference.philox_normal` turns them into normals.
 """
 
 import torch
@@ -24,14 +24,14 @@ def philox_4x32(counter: Tensor, seed: int | Tensor) -> Tensor:
 
     Args:
         counter: int64 `[..., 4]`, each entry an unsigned 32-bit word.
-        seed: 64-bit key; a tensor of one element holds it as int64.
+        seed: 64-bit key, or a tensor of one int64 element.
 
     Returns:
-        int64 `[..., 4]` holding unsigned 32-bit words.
+        int64 `[..., 4]` with unsigned 32-bit words.
     """
     if not isinstance(seed, Tensor):
         seed = seed if seed < 2**63 else seed - 2**64
-    shape = (2, *(1,) * (counter.ndim - 1))  # what belongs to words 0 and 2 side by side, as what belongs to 1 and 3
+    shape = (2, *(1,) * (counter.ndim - 1))  # words 0 and 2 are processed together, and so are 1 and 3
     which = torch.arange(2, device=counter.device).reshape(shape)
     multipliers, weyl = (first + which * (second - first) for first, second in (MULTIPLIERS, WEYL))
     key = (seed >> (32 * which)) & MASK
@@ -45,11 +45,11 @@ def philox_4x32(counter: Tensor, seed: int | Tensor) -> Tensor:
 
 
 def words(blocks: int, seed: int | Tensor, step: int | Tensor, site: int, sample_ids: Tensor) -> Tensor:
-    """Integers of the first `blocks` counters of every sample: int64 `[B, blocks, 4]`."""
+    """Integers from the first `blocks` counters of every sample: int64 `[B, blocks, 4]`."""
     block, ids = torch.broadcast_tensors(
         torch.arange(blocks, device=sample_ids.device), sample_ids.to(torch.int64)[:, None] & MASK
     )
-    # Filled where they are used, not copied from the host: a captured graph could not follow that.
+    # Filled on the device, not copied from the host, because a captured graph would not see changes there.
     step, site = (torch.zeros_like(ids) + (value & MASK) for value in (step, site))
     return philox_4x32(torch.stack((block, step, site, ids), dim=-1), seed)
 
@@ -58,11 +58,11 @@ def philox_uniform(seed: int | Tensor, step: int | Tensor, site: int, sample_ids
     """One uniform number in [0, 1) per sample id, exact in float64: `[B]`.
 
     Args:
-        seed, step, site: unsigned integers of 64, 32 and 32 bits. Seed and step may be one int64 element.
+        seed, step, site: unsigned integers of 64, 32 and 32 bits. Seed and step may each be one int64 element.
         sample_ids: `[B]`, integers.
 
     Raises:
-        ValueError: sample ids that are not such a tensor, numbers out of range.
+        ValueError: sample_ids is not such a tensor, or numbers are out of range.
     """
     operands.check_tensor("philox_uniform", "sample_ids", sample_ids)
     if sample_ids.ndim != 1 or sample_ids.is_floating_point():

@@ -1,4 +1,4 @@
-"""The noise of `forward_jump` itself, for those who need to see it."""
+"""The noise of `forward_jump`, as an op of its own."""
 
 import torch
 from torch import Tensor
@@ -22,20 +22,20 @@ def philox_normal(
 ) -> Tensor:
     """Standard normal noise from the counter-based generator Philox4x32-10 (Salmon et al., SC 2011).
 
-    Every number is a pure function of (seed, step, site, sample id, index inside the sample), whatever the batch, the device
-    and the backend; see `selfnpo_kernels.philox` for the counters. 4 bytes written per element of float32.
+    Every number is a pure function of (seed, step, site, sample id, index inside the sample), in every batch and on every
+    device and backend; see `selfnpo_kernels.philox` for the counters. Writes 4 bytes per float32 element.
 
     Args:
         shape: `[B, ...]`, up to 2^34 elements per sample.
-        seed, step, site: unsigned integers of 64, 32 and 32 bits. Seed and step may be one int64 element on `device`.
+        seed, step, site: unsigned integers of 64, 32 and 32 bits. Seed and step may each be one int64 element on `device`.
         sample_ids: `[B]` int64; by default 0 .. B - 1.
         device: by default that of `sample_ids`.
 
     Returns:
-        Row-major tensor of `shape` and `dtype`; in float64 the same noise with exact logarithms and cosines.
+        Row-major tensor with `shape` and `dtype`. In float64 it is the same noise, with exact logarithms and cosines.
 
     Raises:
-        ValueError: shapes or devices that do not fit, numbers out of range.
+        ValueError: shapes or devices do not match, or numbers are out of range.
     """
     if not isinstance(shape, tuple | list):
         raise ValueError(f"philox_normal got shape {shape!r}; expected a tuple of integers, [B, ...]")
@@ -43,7 +43,7 @@ def philox_normal(
         raise ValueError("philox_normal got an empty shape; expected [B, ...]")
     shape = tuple([size if type(size) is int else operands.integer("philox_normal", "shape", size, 63) for size in shape])
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"philox_normal got dtype {dtype}; expected a floating point one of torch, such as torch.float32")
+        raise ValueError(f"philox_normal got dtype {dtype}; expected a floating-point dtype, such as torch.float32")
     if sample_ids is None:
         sample_ids = torch.arange(shape[0], device=device)
     else:

@@ -70,8 +70,8 @@ def philox_normal(
 ) -> Tensor:
     """Standard normal noise of `shape` = `[B, ...]` by Box-Muller, on the device of `sample_ids` (`[B]`, integer).
 
-    Uniform numbers and angles are rounded to float32 in every precision. So a float64 result is the same noise, only with
-    exact logarithms and cosines.
+    Uniform numbers and angles are always rounded to float32. So a float64 result is the same noise, only with exact
+    logarithms and cosines.
     """
     elements = math.prod(shape[1:])
     word = words((elements + 3) // 4, seed, step, site, sample_ids)
@@ -103,7 +103,7 @@ def cfg_combine(model_output: Tensor, guidance_scale: float | Tensor, guidance_r
     arXiv 2305.08891, section 3.4), as diffusers' `rescale_noise_cfg` does.
     """
     if len(model_output) % 2:
-        raise ValueError(f"cfg_combine needs [negative; positive], an even batch: got {len(model_output)} samples")
+        raise ValueError(f"cfg_combine got {len(model_output)} samples; expected [negative; positive], an even batch")
     negative, positive = model_output.to(_working_dtype(model_output)).chunk(2)
     combined = negative + guidance_scale * (positive - negative)
     if guidance_rescale:
@@ -133,7 +133,7 @@ def x0_loss(
         return difference.square().mean()
     if kind == "huber":
         return (torch.sqrt(difference.square() + huber_c**2) - huber_c).mean()
-    raise ValueError(f"unknown loss kind {kind!r}: expected 'l2' or 'huber'")
+    raise ValueError(f"unknown loss kind {kind!r}; expected 'l2' or 'huber'")
 
 
 def x0_loss_backward(

@@ -12,17 +12,17 @@ from selfnpo_kernels.registration import register
 def tweedie(sample: Tensor, model_output: Tensor, rows: Tensor) -> Tensor:
     """pred_original_sample = p x + q m, the estimate E[x_0 | x_t] (Robbins 1956; Efron 2011).
 
-    Per element of float32: 8 bytes read and 4 written.
+    Memory traffic per float32 element: 8 bytes read and 4 written.
 
     Args:
-        sample, model_output: `[B, ...]`, any floating point.
+        sample, model_output: `[B, ...]`, any floating-point dtype.
         rows: (p, q) `[B, 2]`, float32, from the prediction type and the noise level. A zero removes its operand.
 
     Returns:
         Tensor like `sample`, in its memory format. Gradients flow to the first two arguments.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: shapes, dtypes or devices do not match.
     """
     operands.check("tweedie", sample, 2, rows, model_output=model_output)
     return _op(sample, model_output, rows)

@@ -1,4 +1,4 @@
-"""The training loss in x_0 form: one pass over memory forward, one backward, nothing stored in between."""
+"""The training loss in x_0 form: one pass over memory forward and one backward, with nothing stored in between."""
 
 import torch
 from torch import Tensor
@@ -12,25 +12,25 @@ from selfnpo_kernels.registration import register
 def x0_loss(
     model_output: Tensor, sample: Tensor, target: Tensor, rows: Tensor, kind: str = "l2", huber_c: float = 1e-3
 ) -> Tensor:
-    """Distance between the x_0 that a model output stands for and `target`; the mean over all elements.
+    """Mean distance, over all elements, between `target` and the x_0 that a model output implies.
 
         d = p x_s + q m - k target;   l2: mean d^2;   huber: mean (sqrt(d^2 + c^2) - c)
 
-    Rows already hold the weight: k = 1 compares x_0, k = alpha_s / sigma_s compares epsilon. Per element of float32: 12
-    bytes read forward; 12 read and 4 written backward. Sums are taken in a fixed order: the same bits every time.
+    The rows include the weight: k = 1 compares x_0, k = alpha_s / sigma_s compares epsilon. Memory traffic per float32
+    element: 12 bytes read forward; 12 read and 4 written backward. Sums have a fixed order, so results are bit-identical.
 
     Args:
-        model_output, sample, target: `[B, ...]`, any floating point.
+        model_output, sample, target: `[B, ...]`, any floating-point dtype.
         rows: (p, q, k) `[B, 3]`, float32. A zero removes its operand, even an infinite one.
         kind: "l2" or "huber" (pseudo-Huber).
-        huber_c: where the pseudo-Huber loss turns from quadratic to linear, in units of d.
+        huber_c: the value of d at which the pseudo-Huber loss changes from quadratic to linear.
 
     Returns:
-        Scalar, float32 (float64 for a float64 sample); NaN for an empty batch, as `torch.mean`. Gradients flow to the first
-        three arguments.
+        Scalar, float32 (float64 for a float64 sample); NaN for an empty batch, like `torch.mean`. Gradients flow to the
+        first three arguments.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, an unknown kind, huber_c that is not positive.
+        ValueError: shapes, dtypes or devices do not match, the kind is unknown, or huber_c is not positive.
     """
     operands.check("x0_loss", sample, 3, rows, model_output=model_output, target=target)
     if kind not in ("l2", "huber"):
@@ -84,7 +84,7 @@ def _run_backward(grad, model_output, sample, target, rows, kind, huber_c, opera
 
 
 def _dense(model_output: Tensor, sample: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(sample, model_output, target) in the order of the rows' columns, stored like the model output."""
+    """(sample, model_output, target), ordered like the rows' columns, in the model output's memory order."""
     order = operands.memory_format(model_output)
     return tuple(operands.dense(tensor, order) for tensor in (sample, model_output, target))
 

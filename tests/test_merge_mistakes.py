@@ -71,7 +71,7 @@ def test_models_that_do_not_fit(models, tmp_path, refused):
     (cut / WEIGHTS).write_bytes(b"no weights")
     refused(base, cut, "could not be read as safetensors")
     (cut / WEIGHTS).unlink()
-    refused(base, cut, "cut holds no weights; expected UNet2DConditionModel weights")
+    refused(base, cut, "cut contains no weights; expected UNet2DConditionModel weights")
 
 
 def test_weights_that_are_no_numbers(models, tmp_path, refused):

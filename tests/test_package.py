@@ -131,7 +131,7 @@ def test_without_extension_the_wheel_is_pure_and_the_reference_runs(pure_wheel, 
     done = run(python, "-m", "selfnpo.env", cwd=tmp_path)
     assert re.search(r"^kernels +cpu reference", done.stdout, re.MULTILINE)
     assert "_C   not available" in done.stdout
-    assert "run pip install --no-deps . in the source code, with a C++ compiler" in done.stdout
+    assert "run pip install --no-deps . in the source folder; this needs a C++ compiler" in done.stdout
 
 
 def test_a_checkout_in_front_of_an_installation_is_recognised(wheel, sdist, tmp_path):
@@ -139,7 +139,10 @@ def test_a_checkout_in_front_of_an_installation_is_recognised(wheel, sdist, tmp_
     python = installed(wheel, tmp_path / "environment")
     code = "from selfnpo_kernels import extension; print(extension.state())"
     shadowed = run(python, "-c", code, cwd=sdist).stdout
-    assert f"Python runs the source code in {sdist}, where nothing is built: run pip install -e . there, or" in shadowed
+    assert (
+        f"Python uses the source code in {sdist}, where the extension is not built: run pip install -e . there, or"
+        in shadowed
+    )
     assert "start Python in another folder" in shadowed
     assert run(python, "-c", code, cwd=tmp_path).stdout.startswith("built by")  # and that helps
 

@@ -24,8 +24,8 @@ LABELS = {
 CAVEATS = """\
 Lower is better for `fd` and `nn`, higher for the others. Read `nn`, `precision` and `density` (faithfulness) together with
 `recall` and `coverage` (variety): a model that repeats a few perfect digits wins in the former and loses in the latter.
-These are 8x8 digits and a model with 436 thousand parameters. They show that the method is implemented correctly, but say
-nothing about large models.
+These are 8x8 digits and a model with 436 thousand parameters. They are evidence that the implementation works, but
+say nothing about large models.
 The baselines `early` and `shuffled` are weaker models that were made without rollouts. If they gain as much as Self-NPO, the
 gain comes from using a weaker model as the negative, and not from truncated rollouts.
 `fd`, `recall` and `coverage` depend on the number of samples, so compare them only for equal numbers.

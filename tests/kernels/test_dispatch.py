@@ -65,10 +65,10 @@ def test_forcing_what_cannot_run_says_why(monkeypatch):
     with backend("cpp"):
         with pytest.raises(RuntimeError, match="'cpp': it computes in float32 on float32, bfloat16"):
             call(torch.float64)
-        with pytest.raises(RuntimeError, match="it runs on the CPU, the tensor is on meta; use triton"):
+        with pytest.raises(RuntimeError, match="it runs on the CPU, but the tensor is on meta; use triton"):
             dispatch.backend_for("tweedie", torch.zeros(1, device="meta"))
     with backend("triton"):
-        with pytest.raises(RuntimeError, match="it runs on CUDA devices, the tensor is on meta"):
+        with pytest.raises(RuntimeError, match="it runs on CUDA devices, but the tensor is on meta"):
             dispatch.backend_for("tweedie", torch.zeros(1, device="meta"))
         monkeypatch.setattr(dispatch, "triton_failure", lambda: "Triton is too old")
         with pytest.raises(RuntimeError, match="'triton': Triton is too old"):
@@ -82,11 +82,11 @@ def test_a_triton_that_cannot_run_the_kernels_is_named(monkeypatch):
     failure = dispatch.triton_failure.__wrapped__
     assert failure() is None
     monkeypatch.setattr(triton, "__version__", "3.5.1")
-    assert failure() == "Triton 3.5.1 is too old; pip install 'triton>=3.6'"
+    assert failure() == "Triton 3.5.1 is too old; run pip install 'triton>=3.6'"
     monkeypatch.delattr(tl, "cast")
-    assert failure().startswith("Triton 3.5.1 has no triton.language.cast; install one that is tested")
+    assert failure().startswith("Triton 3.5.1 has no triton.language.cast; install a tested release")
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert failure().startswith("Triton does not import (")
+    assert failure().startswith("Triton cannot be imported (")
 
 
 def test_the_floor_of_triton_is_the_declared_one():
@@ -111,7 +111,9 @@ def test_what_stands_in_the_way_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
     for cuda in ("triton", "cpp"):
         monkeypatch.setattr(extension, "_C", SimpleNamespace(cuda_architectures="80", compiler="c++"))
-        with pytest.warns(RuntimeWarning, match=r"reference: the kernels need a GPU of sm_80 or later, this one is sm_75"):
+        with pytest.warns(
+            RuntimeWarning, match=r"reference: the kernels need a GPU with sm_80 or later, but this one has sm_75"
+        ):
             assert dispatch.backend_for("op", there, cuda=cuda) == "reference"
     capability[:] = [8, 0]
     assert dispatch.backend_for("op", there) == "triton"
@@ -128,7 +130,7 @@ def test_without_interpreter_triton_needs_a_gpu():
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert "it runs on CUDA devices, the tensor is on cpu (TRITON_INTERPRET=1" in done.stderr
+    assert "it runs on CUDA devices, but the tensor is on cpu (TRITON_INTERPRET=1" in done.stderr
 
 
 def test_without_the_extension_it_says_so_and_draws_the_same_noise(monkeypatch):

@@ -21,7 +21,7 @@ def big():
 CALLS = {
     "rows": (lambda t: tweedie(t.sample, t.cond, t.rows), r"tweedie got rows of shape \(3, 4\); expected \(3, 2\)"),
     "one row": (lambda t: guided_step(t.sample, t.cond, None, 1.0, t.rows[:1]), r"rows.expand\(3, -1\)"),
-    "integer rows": (lambda t: tweedie(t.sample, t.cond, t.rows[:, :2].long()), "rows of torch.int64; expected floating"),
+    "integer rows": (lambda t: tweedie(t.sample, t.cond, t.rows[:, :2].long()), "rows of torch.int64; expected a float"),
     "rows with gradient": (lambda t: tweedie(t.sample, t.cond, t.rows[:, :2].requires_grad_()), r"rows.detach\(\)"),
     "rows elsewhere": (lambda t: tweedie(t.sample, t.cond, t.rows[:, :2].to(META)), "rows on meta and sample on cpu; move"),
     "devices": (lambda t: tweedie(t.sample, t.cond.to(META), t.rows[:, :2]), "model_output on meta and sample on cpu"),
@@ -48,12 +48,12 @@ CALLS = {
     "step": (lambda t: forward_jump(t.sample, t.rows[:, :2], 0, 2**32, t.ids), r"step = 4294967296; expected 0 <= step"),
     "site": (lambda t: forward_jump(t.sample, t.rows[:, :2], 0, 0, t.ids, -3), "site = -3"),
     "seed tensor": (lambda t: forward_jump(t.sample, t.rows[:, :2], torch.tensor(1.0), 0, t.ids), "one torch.int64 element"),
-    "s before t": (lambda t: forward_jump(t.sample, t.rows[:, :2] * NAN, 0, 0, t.ids), "NaN in rows: a negative variance"),
+    "s before t": (lambda t: forward_jump(t.sample, t.rows[:, :2] * NAN, 0, 0, t.ids), "NaN in rows.* negative variance"),
     "overflow": (
         lambda t: forward_jump(big(), t.rows[:1, :2].to(META), 0, 0, t.ids[:1].to(META)),
-        r"17179869185 elements per sample; the noise counts up to 2\^34",
+        r"17179869185 elements per sample; the noise generator supports up to 2\^34",
     ),
-    "noise overflow": (lambda t: philox_normal((1, 2**34 + 1), 0), r"counts up to 2\^34"),
+    "noise overflow": (lambda t: philox_normal((1, 2**34 + 1), 0), r"supports up to 2\^34"),
     "noise shape": (lambda t: philox_normal((), 0), "an empty shape"),
     "noise dtype": (lambda t: philox_normal((3,), 0, dtype=torch.int64), "dtype torch.int64"),
     "noise ids": (lambda t: philox_normal((3, 4), 0, 0, 0, t.ids[:2]), "one id per sample"),
@@ -82,7 +82,7 @@ def adamw(**change):
         ({"grads": [torch.zeros(3, 4, dtype=torch.float64)]}, "grads of torch.float64"),
         ({"params": [torch.zeros(3, 4).bfloat16()]}, "params as torch.bfloat16.*expected torch.float32"),
         ({"lows": [torch.zeros(3, 4).short()]}, "params as torch.float32.*expected torch.bfloat16"),
-        ({"emas": [torch.zeros(3, 4)], "ema_lows": [torch.zeros(3, 4).short()]}, "ema_lows exactly where lows is"),
+        ({"emas": [torch.zeros(3, 4)], "ema_lows": [torch.zeros(3, 4).short()]}, "ema_lows exactly if lows is given"),
         (
             {"exp_avgs": [torch.zeros(4, 3).T]},
             r"one of exp_avgs with strides \(1, 3\) for a parameter \(3, 4\) with strides \(4, 1\)",
@@ -222,7 +222,7 @@ def test_the_optimizer_takes_numbers_in_the_place_of_tensors():
         ),
         ("join_weights", {"low": torch.zeros(3)}, "low of torch.float32; expected torch.int16"),
         ("philox_uniform", {"sample_ids": torch.zeros(2, 2)}, r"sample_ids \(2, 2\) of torch.float32; expected \[B\]"),
-        ("philox_normal", {"dtype": "float32"}, "dtype float32; expected a floating point one of torch"),
+        ("philox_normal", {"dtype": "float32"}, "dtype float32; expected a floating-point dtype"),
     ],
 )
 def test_a_tensor_of_another_kind_is_named(op, change, message):
