@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Guidance", "guide"]
 
-_MOVED = {  # modules that lay here once, by the package that has them now
+_MOVED = {  # modules that used to be here, by their current package
     "training": "attention capture checkpoint feasible joint objective optimizer rollout snapshot state step student tandem "
     "trainer validation",
     "inputs": "data images prompts",
@@ -24,8 +24,8 @@ _MOVED = {  # modules that lay here once, by the package that has them now
 
 
 def __getattr__(name: str) -> Any:
-    """Imports diffusers for those who ask for it, and not for every command."""
-    if name == "__version__":  # read, because importing selfnpo_kernels would import torch
+    """Import diffusers only when guidance is asked for, so that commands start fast."""
+    if name == "__version__":  # read as text, because importing selfnpo_kernels would import torch
         source = (Path(__file__).parents[1] / "selfnpo_kernels" / "__init__.py").read_text(encoding="utf-8")
         return re.findall(r'^__version__ = "(.+)"', source, re.MULTILINE)[0]
     if name not in __all__:
@@ -36,7 +36,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Moved(MetaPathFinder):
-    """Asked last: says where a module has gone."""
+    """The last import finder to be asked: says where a module has moved."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         old = name.removeprefix("selfnpo.").split(".")[0] if name.startswith("selfnpo.") else ""

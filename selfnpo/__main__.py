@@ -10,18 +10,18 @@ from selfnpo.errors import UserError
 
 COMMANDS = {
     "train": "train a negative model from a diffusion model's own truncated rollouts",
-    "sample": "plain guidance beside guidance away from a negative, from the same noise",
+    "sample": "compare plain guidance with guidance away from a negative, from the same noise",
     "merge": "combine base and negative into one model",
-    "evaluate": "measure on the embedded demo what negatives change",
-    "env": "versions and kernels, for bug reports",
+    "evaluate": "measure the effect of negatives on the embedded demo",
+    "env": "print versions and kernels, for bug reports",
 }
 
 
 def dispatch() -> int | None:
-    """Run the command that the first word names.
+    """Run the command named by the first argument.
 
     Raises:
-        UserError: there is no such command.
+        UserError: no such command exists.
     """
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
@@ -33,8 +33,8 @@ def dispatch() -> int | None:
         print(f"selfnpo {version('selfnpo')}")
         return None
     if name not in COMMANDS:
-        similar = difflib.get_close_matches(name, COMMANDS, n=1)
-        raise UserError(nearest(f"there is no command '{name}'", similar, f"expected one of {', '.join(COMMANDS)}"))
+        similar = difflib.get_close_matches(name, (*COMMANDS, "--help", "--version"), n=1)
+        raise UserError(nearest(f"unknown command '{name}'", similar, f"expected one of {', '.join(COMMANDS)}"))
     sys.argv = [f"selfnpo {name}", *sys.argv[2:]]
     return import_module(f"selfnpo.{name}").command()
 

@@ -1,28 +1,31 @@
-"""Command lines: typed arguments in, one sentence and exit code 2 out when something is wrong."""
+"""Command lines: parse arguments into dataclasses, and report mistakes in one sentence with exit code 2."""
 
 import contextlib
 import difflib
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, get_type_hints
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
 from selfnpo.errors import UserError
 
 Config = TypeVar("Config")
+BACKENDS = ("reference", "cpp", "triton")  # of selfnpo_kernels.dispatch, which imports PyTorch
 
 
 def parse(config_type: type[Config], args: Sequence[str] | None = None, default: Config | None = None) -> Config:
-    """Command-line arguments as a dataclass; flags are named like its fields.
+    """Parse command-line arguments into a dataclass; flags have the names of its fields.
 
     Raises:
-        UserError: a flag or a value that the command does not know, or SELFNPO_BACKEND names a backend that cannot run.
+        UserError: an unknown flag, an invalid value, or a SELFNPO_BACKEND that cannot run here.
     """
     said = io.StringIO()
     try:
@@ -33,7 +36,7 @@ def parse(config_type: type[Config], args: Sequence[str] | None = None, default:
     except SystemExit as ended:
         if ended.code == 0:  # --help
             raise
-        raise UserError(_sentence(said.getvalue())) from None
+        raise UserError(_sentence(said.getvalue(), config_type, sys.argv[1:] if args is None else args)) from None
     if unknown:
         raise UserError(_unknown(unknown[0], config_type))
     if "SELFNPO_BACKEND" in os.environ:
@@ -49,36 +52,76 @@ def _program() -> str | None:
     return f"python -m {spec.name}" if spec and spec.name.startswith("selfnpo") else None
 
 
-def _sentence(box: str) -> str:
-    """What tyro says in a box: its first paragraph, without the frame."""
-    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    end = next((number for number, line in enumerate(lines) if line.startswith("───")), len(lines))
-    return " ".join(" ".join(lines[:end]).split()).removesuffix(".") + "; --help explains every flag"
+def _sentence(box: str, config_type: type, args: Sequence[str]) -> str:
+    """What tyro says in a box, as one of our own sentences; its first paragraph where it says something else."""
+    text = " ".join(" ".join(line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))).split())
+    if found := re.search(r"Unrecognized options: (\S+)", text):
+        return _unknown(found[1], config_type)
+    if found := re.search(r"Missing from .*?: (--\S+) (\S+)", text):
+        return f"{found[1]} is missing; pass {found[1]} {found[2]}"
+    if not (found := re.search(r"(?:Error parsing |argument ')(--[\w/-]+)", text)):
+        return text.split(" ───")[0].removesuffix(".") + "; --help explains every flag"
+    *_, name = names = [each.removeprefix("--") for each in found[1].split("/")]  # the field's own comes last
+    got = " ".join(values_of(names, args))
+    expected = _expected(get_type_hints(config_type)[name])
+    return f"{name} is {got!r}; expected {expected}" if got else f"{name} has no value; expected {expected}"
+
+
+def values_of(names: Sequence[str], args: Sequence[str]) -> list[str]:
+    """What follows the last of some flags on a command line."""
+    values: list[str] = []
+    asked = False
+    for word in args:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            asked = flag.removeprefix("--").replace("-", "_") in names
+            if asked:
+                values = [value] if equals else []
+        elif asked:
+            values.append(word)
+    return values
+
+
+def _expected(hint: Any) -> str:
+    """A type in words."""
+    origin, inner = get_origin(hint), [each for each in get_args(hint) if each is not type(None)]
+    if origin is Literal:
+        return f"one of {', '.join(inner)}"
+    if origin is tuple:
+        return f"{'one or more values' if inner[-1] is ... else f'{len(inner)} values'}, each {_expected(inner[0])}"
+    if inner:  # X | None
+        return _expected(inner[0])
+    return {int: "a whole number", float: "a number", Path: "a path"}.get(hint, "a value")
 
 
 def flags(config_type: type) -> list[str]:
-    """Every flag of a command, with its other names."""
+    """Every flag of a command, with its other names, without dashes."""
     found = []
     for name, hint in get_type_hints(config_type, include_extras=True).items():
         aliases = [alias for each in getattr(hint, "__metadata__", ()) for alias in getattr(each, "aliases", None) or ()]
-        found += [f"--{name}", *aliases]
+        found += [name, *(alias.removeprefix("--") for alias in aliases)]
+        found += [f"no_{name}"] if hint is bool or bool in get_args(hint)[:1] else []
     return found
 
 
 def _unknown(word: str, config_type: type) -> str:
     if not word.startswith("-"):
-        return f"got '{word}', which belongs to no flag; expected flags and their values (--help lists them)"
+        return f"unexpected argument '{word}'; expected flags and their values (--help lists them)"
     name = word.split("=")[0]
-    similar = difflib.get_close_matches("--" + name.lstrip("-").replace("-", "_"), flags(config_type), n=1)
-    return nearest(f"there is no flag {name}", similar, "--help lists all flags")
+    similar = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), flags(config_type), n=1)
+    return nearest(f"unknown flag {name}", [f"--{each}" for each in similar], "--help lists all flags")
 
 
 def nearest(problem: str, similar: Sequence[str], otherwise: str) -> str:
-    """One sentence about a name that does not exist."""
+    """One sentence about an unknown name: the nearest known one, or else `otherwise`."""
     return f"{problem}; " + (f"did you mean {similar[0]}?" if similar else otherwise)
 
 
 def _check_backend() -> None:
+    name = os.environ["SELFNPO_BACKEND"]
+    if name and name not in BACKENDS:
+        expected = f"expected one of {', '.join(BACKENDS)}, or unset SELFNPO_BACKEND"
+        raise UserError(nearest(f"SELFNPO_BACKEND is '{name}'", difflib.get_close_matches(name, BACKENDS, n=1), expected))
     import torch  # only here, so that mistakes are answered before PyTorch is loaded
 
     from selfnpo_kernels.dispatch import backend_for
@@ -86,11 +129,11 @@ def _check_backend() -> None:
     try:
         backend_for("this command", torch.empty(0))
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{error}; unset SELFNPO_BACKEND or set it to another one") from error
+        raise UserError(f"{error}; unset SELFNPO_BACKEND or choose another backend") from error
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:
-    """Settings as words of a command line, which `parse` reads back."""
+    """Settings as command-line arguments that `parse` reads back."""
     found = []
     for name, value in values.items():
         if isinstance(value, bool):
@@ -101,7 +144,7 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command and exit with its code: 2 for a user's mistake, 130 when interrupted, never a traceback for either."""
+    """Run a command and exit with its code: 2 for a user error, 130 when interrupted, without a traceback for either."""
     _only_our_own_lines()
     try:
         code = main() or 0
@@ -109,24 +152,30 @@ def run(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print("interrupted; nothing further was written", file=sys.stderr)
+        print("interrupted; nothing more was written", file=sys.stderr)
         code = 128 + signal.SIGINT
     sys.exit(code)
 
 
 def _only_our_own_lines() -> None:
-    """Lines appear when they are written, warnings are sentences, and libraries do not advertise other packages.
+    """Flush output line by line, print warnings as plain sentences, and silence messages from libraries.
 
-    Whoever wants to hear the libraries sets their variables, such as DIFFUSERS_VERBOSITY=info.
+    To see the libraries' messages, set their own variables, such as DIFFUSERS_VERBOSITY=info.
     """
-    sys.stdout.reconfigure(line_buffering=True)  # also into a file
+    sys.stdout.reconfigure(line_buffering=True)  # also when output goes to a file
     for name, value in (
         ("DIFFUSERS_VERBOSITY", "error"),
         ("TRANSFORMERS_VERBOSITY", "error"),
+        ("HF_HUB_VERBOSITY", "error"),  # what fails there is said in our own sentences
         ("TOKENIZERS_PARALLELISM", "false"),
     ):
         os.environ.setdefault(name, value)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it may be imported already, and retries aloud
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # misses a package that is not used here
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+
+    def show(message: Warning, *_: object, **__: object) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
     for category in (DeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)

@@ -1,7 +1,7 @@
 """The settings of a training run, under the names that diffusers' training scripts use.
 
-Precedence: preset < --config file < command line. Every field is read somewhere; a test holds this. Some flags are known
-by their names in kohya's scripts and in the authors' released code too.
+Precedence: preset < --config file < command line. A test checks that every field is read somewhere. Some flags also accept
+their names from kohya's scripts and from the authors' released code.
 """
 
 import importlib.util
@@ -21,9 +21,9 @@ from selfnpo.options import ModelOptions, Precision, SampleOptions
 
 
 def _preset_arg(*aliases: str) -> object:
-    """For a field that a preset, a family of models or a LoRA changes: `--help` says so beside its value on the demo."""
+    """For a field whose default depends on the preset, the model family or LoRA: `--help` says so, with the demo's value."""
     return arg(
-        aliases=aliases, help_behavior_hint=lambda value: f"(default: the preset's for the model; {value} on the demo)"
+        aliases=aliases, help_behavior_hint=lambda value: f"(default: set by the preset and the model; {value} on the demo)"
     )
 
 
@@ -32,45 +32,45 @@ class TrainConfig(SampleOptions, ModelOptions):
     """Train a negative model from a diffusion model's own truncated rollouts."""
 
     preset: Literal["default", "paper", "released"] = "default"
-    """default: what measures best here; paper: the paper's text; released: the authors' released recipe, from images."""
+    """default: the best settings measured here; paper: the paper's text; released: the authors' code, which needs images."""
     config: Path | None = None
-    """YAML file with any of these settings, such as the config.yaml of an earlier run."""
+    """YAML file with any of these settings, such as config.yaml from an earlier run."""
 
     output_dir: Path = Path("runs/demo")
-    """Where everything is written."""
+    """Folder for all output."""
     overwrite: bool = False
-    """Replace the results of an earlier run in output_dir; other files there stay."""
+    """Replace the results of an earlier run in output_dir. Other files there are kept."""
     resume_from_checkpoint: Annotated[str | None, arg(aliases=("--resume",))] = None
-    """latest, or a checkpoint folder; continues exactly where that checkpoint was taken."""
+    """latest, or a checkpoint folder. The run continues exactly from there."""
 
     prompts: str = "none"
-    """Prompts to train on: a text file with one a line, a .jsonl file with "prompt", "text" or "caption", or none for ""."""
+    """File of training prompts: text with one per line, or .jsonl with "prompt", "text" or "caption". none: empty prompt."""
     prompt_dataset: str | None = None
-    """Prompts from a column of a Hugging Face dataset, as NAME:COLUMN (pip install 'selfnpo[datasets]')."""
+    """Training prompts from a Hugging Face dataset, as NAME:COLUMN (pip install 'selfnpo[datasets]')."""
     train_data_dir: Path | None = None
-    """Folder of images to start rollouts from (rollout data); captions from metadata.jsonl or .txt files."""
+    """Folder of images to start rollouts from (with --rollout data). Captions come from metadata.jsonl or .txt files."""
 
     rank: Annotated[int, arg(aliases=("--network_dim", "--lora_rank"))] = 0
-    """Rank of a LoRA to train; 0 trains the full weights."""
+    """Rank of the LoRA to train; 0 trains the full weights."""
     lora_alpha: Annotated[float | None, arg(aliases=("--network_alpha",))] = None
-    """The LoRA's changes are scaled by alpha / rank; by default 1."""
+    """The LoRA's output is scaled by alpha / rank. By default alpha = rank, a scale of 1."""
     lora_target_modules: tuple[str, ...] = ()
-    """Layers that a LoRA adapts, by the ends of their names; by default the family's attention projections."""
+    """Layers that the LoRA adapts, as suffixes of their names; by default the family's usual layers."""
     mixed_precision: Precision = "auto"
-    """Arithmetic of the networks; auto is bf16 on GPUs that have it and no (float32) elsewhere."""
+    """Precision of the networks. auto: bf16 on GPUs that support it, no (float32) elsewhere."""
     gradient_checkpointing: Annotated[bool, _preset_arg()] = False
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass to save memory."""
     gradient_accumulation_steps: int = 1
-    """Forward passes per optimizer step, each of train_batch_size samples."""
+    """Forward passes per optimizer step, with train_batch_size samples each."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
-    """sdpa is PyTorch's own attention; auto is the fastest of its backends, measured per shape on a GPU."""
+    """sdpa: PyTorch's own attention. auto: the fastest of its backends, measured per shape on a GPU."""
     low_vram: bool = False
-    """Least memory: gradients checkpointed, prompts on the host, and for full weights the reference too."""
+    """Save GPU memory: checkpoint gradients, and keep prompts (and the reference of full weights) on the host."""
     allow_tf32: bool = False
-    """Let float32 matrix products on GPUs round to TF32."""
+    """Allow TF32 in float32 matrix products on GPUs."""
 
     seed: int = 0
-    """Key of every random number of the run."""
+    """Seed of every random number in the run."""
     max_train_steps: Annotated[int, _preset_arg()] = 2000
     """Optimizer steps."""
     train_batch_size: Annotated[int, _preset_arg()] = 128
@@ -78,76 +78,76 @@ class TrainConfig(SampleOptions, ModelOptions):
     learning_rate: Annotated[float, _preset_arg()] = 5e-5
     """Peak learning rate of AdamW."""
     lr_scheduler: Annotated[Literal["constant", "constant_with_warmup", "linear", "cosine"], _preset_arg()] = "cosine"
-    """Course of the learning rate."""
+    """Learning rate schedule."""
     lr_warmup_steps: Annotated[int, _preset_arg()] = 100
-    """Steps over which the learning rate rises."""
+    """Steps of learning rate warmup."""
     adam_beta1: float = 0.9
-    """AdamW's first decay."""
+    """AdamW's beta1."""
     adam_beta2: float = 0.999
-    """AdamW's second decay."""
+    """AdamW's beta2."""
     adam_weight_decay: Annotated[float, _preset_arg()] = 1e-3
     """AdamW's weight decay."""
     adam_epsilon: float = 1e-8
     """AdamW's epsilon."""
     use_8bit_adam: bool = False
-    """Keep AdamW's moments in 8 bits (pip install 'selfnpo[bitsandbytes]')."""
+    """Store AdamW's moments in 8 bits (pip install 'selfnpo[bitsandbytes]')."""
     max_grad_norm: float = 1.0
-    """Gradient norm above which gradients are scaled down."""
+    """Gradients with a larger norm are scaled down to it."""
 
     rollout: Annotated[Literal["pool", "fresh", "full", "data"], _preset_arg()] = "pool"
     """Where training samples come from; see selfnpo/training/rollout.py."""
     pool_size: int = 8
-    """Trajectories under way in pool mode, in batches; the more, the less alike consecutive batches are."""
+    """Number of batches of trajectories in the pool (with --rollout pool). More makes consecutive batches less alike."""
     num_inference_steps: Annotated[int, arg(aliases=("--num_ddim_timesteps",))] = 25
-    """Points of the DDIM grid of a rollout."""
+    """Points in the DDIM grid of a rollout."""
     num_rollout_steps: int = 5
-    """K: steps of a rollout that starts from data (rollout data)."""
+    """K, the number of rollout steps from a noised image (with --rollout data)."""
     rollout_guidance_scale: Annotated[float, _preset_arg()] = 0.0
-    """Guidance of the reference in its rollouts: 0 unconditional, 1 conditional, above 1 guided."""
+    """Guidance scale of rollouts: 0 is unconditional, 1 conditional, above 1 guided."""
     reference_decay: Annotated[float, _preset_arg()] = 0.999
     """The reference is an exponential moving average of the student with this decay; 1 keeps it frozen."""
     condition_dropout: Annotated[float, _preset_arg("--proportion_empty_prompts", "--caption_dropout_rate")] = 0.1
-    """Share of the student's conditions replaced by the null condition."""
+    """Fraction of the student's conditions to replace with the null condition."""
     loss: Annotated[Literal["l2", "huber"], _preset_arg("--loss_type")] = "l2"
-    """Distance between the student's x_0 and the target."""
+    """Distance between the student's x_0 prediction and the target."""
     loss_weighting: Annotated[Literal["x0", "epsilon"], _preset_arg()] = "epsilon"
-    """x0: as the paper writes it; epsilon: weighted by alpha_s / sigma_s, in units of the noise."""
+    """x0: unweighted, as in the paper. epsilon: weighted by alpha_s / sigma_s, which measures the error in noise units."""
     huber_c: float = 1e-3
-    """Where the Huber loss turns from quadratic to linear."""
+    """Error at which the Huber loss changes from quadratic to linear."""
     max_relative_delta: float | None = None
-    """Stop when the fine-tuning has moved the weights this far: ||delta|| / ||theta||."""
+    """Stop once training has moved the weights this far: ||delta|| / ||theta||, such as 0.03 for 3 %."""
 
     validation_prompt: tuple[str, ...] = ()
-    """Prompts, or class numbers, of the sample grids; by default the first conditions of the training."""
+    """Prompts (or class numbers) for the sample grids; by default the first training conditions."""
     validation_steps: Annotated[int, arg(aliases=("--sample_every_n_steps",))] = 0
-    """Steps between sample grids, plain beside negative-guided; 0: only one at the end."""
+    """Steps between sample grids, which compare plain and negative guidance. 0: only one at the end."""
     num_validation_images: int = 4
-    """Images of a grid per method."""
+    """Images per method in a grid."""
     validation_guidance_scale: float | None = None
-    """Guidance scale of the sample grids, as in diffusers; by default the family's usual one."""
+    """Guidance scale for the sample grids, as in diffusers; by default the model family's usual value."""
 
     compile: bool = False
-    """Compile reference and student with torch.compile."""
+    """Compile the reference and the student with torch.compile."""
     capture: Literal["auto", "on", "off"] = "auto"
-    """Replay a training step as one CUDA graph; auto: on a GPU, where the settings allow it."""
+    """Replay each training step as one CUDA graph. auto: on a GPU, when the settings allow it."""
     tandem: Literal["auto", "sequential", "streams", "shared"] = "auto"
-    """How reference and student share a step, see selfnpo/training/tandem.py; auto measures what can run."""
+    """How reference and student share a step (see selfnpo/training/tandem.py). auto: the fastest, measured at the start."""
     checkpointing_minutes: float = 10.0
-    """Minutes of training between checkpoints; there is one at the end too."""
+    """Minutes of training between checkpoints. The run also saves one at the end."""
     checkpointing_steps: Annotated[int, arg(aliases=("--save_every_n_steps",))] = 0
-    """Steps between checkpoints, in place of minutes; 0: by minutes."""
+    """Steps between checkpoints, instead of minutes. 0: use checkpointing_minutes."""
     checkpoints_total_limit: int = 2
-    """Checkpoints to keep; older ones are deleted."""
+    """Number of checkpoints to keep; older ones are deleted."""
     logging_steps: int = 10
-    """Steps between lines of log.jsonl."""
+    """Steps between lines in log.jsonl."""
     report_to: Annotated[Literal["none", "tensorboard", "wandb"], arg(aliases=("--log_with",))] = "none"
-    """Also log numbers and sample grids, to TensorBoard (pip install 'selfnpo[tensorboard]') or wandb ('selfnpo[wandb]')."""
+    """Also log metrics and sample grids to TensorBoard (pip install 'selfnpo[tensorboard]') or wandb ('selfnpo[wandb]')."""
     logging_dir: Path = Path("tensorboard")
-    """TensorBoard's folder; a relative path lies in output_dir."""
+    """TensorBoard's folder, relative to output_dir."""
     push_to_hub: bool = False
-    """Upload the finished negative to the Hugging Face hub, as the user of hf auth login."""
+    """Upload the finished negative to the Hugging Face hub, as the user logged in with hf auth login."""
     hub_model_id: Annotated[str | None, arg(aliases=("--huggingface_repo_id",))] = None
-    """Repository to upload to; by default named like output_dir."""
+    """Repository to upload to; by default the name of output_dir."""
 
     @property
     def total_batch_size(self) -> int:
@@ -155,8 +155,8 @@ class TrainConfig(SampleOptions, ModelOptions):
         return self.train_batch_size * self.gradient_accumulation_steps
 
 
-# What a preset changes against the defaults. `released` has the values of the released SD1.5 script, rollouts from data
-# included; `paper` those of the paper's text, which leaves the optimizer to the release.
+# What each preset changes. `released` uses the values of the released SD1.5 script, including rollouts from data. `paper`
+# follows the paper's text, which does not give the optimizer settings, so they are taken from the release.
 _RELEASED_OPTIMIZER = {
     "max_train_steps": 1000,
     "train_batch_size": 20,
@@ -187,9 +187,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# About this invocation, not about the run: left out of config.yaml.
+# These belong to one invocation, not to the run, so config.yaml leaves them out.
 _INVOCATION = {"config", "overwrite", "resume_from_checkpoint", "push_to_hub", "hub_model_id"}
-# A resumed run may change these too, because they do not touch what is computed.
+# A resumed run may change these too, because they do not affect the result.
 _FREE_ON_RESUME = _INVOCATION | {
     "preset", "output_dir", "compile", "capture", "tandem", "checkpointing_minutes", "checkpointing_steps",
     "checkpoints_total_limit", "logging_steps", "report_to", "logging_dir", "validation_steps", "num_validation_images",
@@ -202,13 +202,13 @@ def parse_config(
 ) -> TrainConfig:
     """The settings of a command line: preset, then --config file, then flags.
 
-    The values of a preset depend on the model, whose configuration is opened for that.
+    A preset's values depend on the model, so its configuration is opened.
 
     Args:
-        check_early: called with the user's own settings before that, for opening a model imports diffusers, which is slow.
+        check_early: called with the user's settings before that, because opening a model imports diffusers, which is slow.
     """
     given = parse(TrainConfig, args)
-    from_file = [] if given.config is None else as_flags(_read(given.config))  # so that both are checked alike
+    from_file = [] if given.config is None else as_flags(_read(given.config))  # so that file and flags get the same checks
     try:
         in_file = parse(TrainConfig, from_file)
     except UserError as error:
@@ -221,7 +221,7 @@ def parse_config(
 
 
 def preset_config(name: str, of_family: dict[str, dict[str, Any]] | None = None, lora: bool = False) -> TrainConfig:
-    """A preset for a family of models; LoRA trains at the learning rate that is usual for it."""
+    """A preset for a model family. A LoRA trains at its own usual learning rate."""
     values = PRESETS[name] | (of_family or {}).get(name, {}) | ({"learning_rate": 1e-4} if lora else {})
     return TrainConfig(preset=name, **values)
 
@@ -232,12 +232,12 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"config {path} could not be read as YAML: {first_line(error)}") from error
     if not isinstance(values, dict):
-        raise UserError(f"config {path} holds no settings; expected lines of 'name: value'")
+        raise UserError(f"config {path} contains no settings; expected lines of the form 'name: value'")
     return values
 
 
 def check(config: TrainConfig) -> TrainConfig:
-    """The configuration itself, or a UserError that names the first value out of range."""
+    """Return the configuration, or raise a UserError that names the first value out of range."""
     for name, low, high in (
         ("max_train_steps", 1, 10**7),
         ("train_batch_size", 1, 10**5),
@@ -289,18 +289,18 @@ def check(config: TrainConfig) -> TrainConfig:
 
 
 def _is_installed(package: str) -> bool:
-    """A folder of that name, such as one of logs, is no package."""
+    """A folder of that name, such as one with logs, does not count as a package."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """What `--config` reads back."""
+    """The YAML that `--config` reads back."""
     values = {name: value for name, value in asdict(config).items() if name not in _INVOCATION}
     return yaml.safe_dump(json.loads(json.dumps(values, default=str)), sort_keys=False)
 
 
 def binding(config: TrainConfig) -> dict[str, Any]:
-    """The settings that a run cannot change without becoming another run."""
+    """The settings that must stay the same when a run is resumed."""
     values = {name: value for name, value in asdict(config).items() if name not in _FREE_ON_RESUME}
     return json.loads(json.dumps(values, default=str))

@@ -1,4 +1,4 @@
-"""What a device is called, what memory it has, and what it does: seconds, peak, energy, utilisation."""
+"""Properties and measurements of a device: name, memory, time, peak speed, energy and utilisation."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ _REPEATS = 10
 
 
 def resolve(precision: str) -> str:
-    """What `auto` means here."""
+    """Replace `auto` with the precision for this machine."""
     if precision != "auto":
         return precision
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
@@ -26,7 +26,7 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 def seconds_of(function: Callable[[], object], device: torch.device) -> float:
-    """Of one call, to its end on the device."""
+    """Time of one call, until its work on the device is done."""
     started = time.perf_counter()
     function()
     if device.type == "cuda":
@@ -35,13 +35,13 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square product of random matrices, the best of ten. A GPU needs 400 MB for it in bf16."""
+    """FLOP/s of a large square product of random matrices, best of ten. Needs 400 MB on a GPU in bf16."""
     size = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
     left, right = torch.randn(2, size, size, generator=generator, device=device, dtype=dtype)
     if device.type == "cuda":
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(_REPEATS + 1)]
-        for mark in marks:  # the first product, before the first mark, warms up
+        for mark in marks:  # the first product runs before the first mark, as a warm-up
             torch.mm(left, right)
             mark.record(torch.cuda.current_stream(device))
         marks[-1].synchronize()
@@ -56,24 +56,24 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Meter:
-    """Energy and utilisation of a GPU since the meter was made, as its driver reports them, other processes' included.
+    """Energy and utilisation of a GPU since the meter was created, as the driver reports them, for all processes together.
 
-    Where the driver does not answer, and on a CPU, they are None. Nothing here waits for the GPU.
+    Both are None on a CPU or if the driver gives no answer. Nothing here waits for the GPU.
     """
 
     def __init__(self, device: torch.device):
         self._driver = _driver(device) if device.type == "cuda" else None
-        self._busy: list[int] = []  # per cent
+        self._busy: list[int] = []  # percent
         self._start = self._ask("nvmlDeviceGetTotalEnergyConsumption")  # mJ since the driver was loaded
 
     def sample(self) -> None:
-        """Read the utilisation, now and then."""
+        """Read the utilisation; call this now and then."""
         rates = self._ask("nvmlDeviceGetUtilizationRates")
         if rates is not None:
             self._busy.append(rates.gpu)
 
     def report(self) -> dict[str, float | None]:
-        """`energy_wh`, and `gpu_utilisation` as the mean share of time in which kernels ran."""
+        """`energy_wh`, and `gpu_utilisation`: the mean fraction of time in which kernels ran."""
         end = self._ask("nvmlDeviceGetTotalEnergyConsumption")
         known = self._start is not None and end is not None
         return {
@@ -92,7 +92,7 @@ class Meter:
 
 
 def _driver(device: torch.device) -> tuple[Any, Any] | None:
-    """NVML and its handle of a GPU; by its UUID, because NVML's numbers know no CUDA_VISIBLE_DEVICES."""
+    """NVML and its handle for a GPU, found by UUID because NVML's numbering ignores CUDA_VISIBLE_DEVICES."""
     import pynvml
 
     try:
@@ -118,16 +118,16 @@ def device_name(device: torch.device) -> str:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of the GPU, or of the machine where the CPU trains."""
+    """Total bytes of GPU memory, or of main memory for the CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    if not hasattr(os, "sysconf"):  # on Windows; unknown is taken for enough
+    if not hasattr(os, "sysconf"):  # Windows: unknown, so assume there is enough
         return sys.maxsize
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a run can have; of the machine's memory all, for what others leave unused there is used as a cache."""
+    """Bytes available to a run. For a CPU this is all memory, because the system uses most of what is free as a cache."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else total_memory(device)
 
 

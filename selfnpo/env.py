@@ -1,4 +1,4 @@
-"""python -m selfnpo.env: what is installed here and which kernels run. Paste it into a bug report."""
+"""python -m selfnpo.env: installed versions and available kernels, for bug reports."""
 
 import importlib.metadata
 import platform
@@ -23,7 +23,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class EnvConfig:
-    """Print versions, the machine, and which kernels run here. It takes no flags. Paste the output into a bug report."""
+    """Print versions, the machine and the kernels that run here, to paste into a bug report. There are no flags."""
 
 
 def _version(package: str) -> str:
@@ -42,8 +42,8 @@ def _gpus() -> str:
 
 
 def installation() -> dict[str, str]:
-    """What a bug report needs, by name."""
-    import torch  # here, so that --help needs no PyTorch
+    """The lines of a bug report: name and value."""
+    import torch  # imported here so that --help does not load PyTorch
 
     from selfnpo.device import cpu_name
     from selfnpo_kernels import dispatch, extension

@@ -1,18 +1,18 @@
-"""What goes wrong through no fault of the program: one sentence for the user and exit code 2, never a traceback."""
+"""Errors that the user can fix: reported in one sentence with exit code 2, without a traceback."""
 
 
 class UserError(Exception):
-    """Says what was got, what was expected and how to fix it, in one sentence."""
+    """One sentence: what was given, what was expected, and how to fix it."""
 
 
 def first_line(error: Exception) -> str:
-    """What a library says, without the rest that it says too."""
+    """The first line of a library's error message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch, on a GPU or on the CPU, or Python found no more memory."""
-    import torch  # here, so that messages need no PyTorch
+    """Whether PyTorch (on a GPU or a CPU) or Python ran out of memory."""
+    import torch  # imported here so that messages do not load PyTorch
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True

@@ -1,4 +1,4 @@
-"""python -m selfnpo.evaluate: what negative models change on the demo, over guidance scales, with baselines and errors."""
+"""python -m selfnpo.evaluate: the effect of negatives on the demo, by guidance scale, with baselines and intervals."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ def main(config: EvaluateConfig) -> None:
         check_exists(str(config.negative), options)
     print("loading PyTorch and diffusers")
     source = Source(options)
-    from selfnpo.demo.evaluation import evaluate  # here, so that mistakes are answered before PyTorch is loaded
+    from selfnpo.demo.evaluation import evaluate  # imported here so that mistakes are reported before PyTorch loads
     from selfnpo.demo.experiment import check_digits, negatives, save
     from selfnpo.demo.metrics import Metrics
     from selfnpo.inputs.digits import halves

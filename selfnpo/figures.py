@@ -4,7 +4,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # no screen needed
+matplotlib.use("Agg")  # works without a screen
 import matplotlib.pyplot as plt
 
 from selfnpo.files import committed_file
@@ -13,7 +13,7 @@ DPI = 110
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
-    """Write a figure whole or not at all, and close it."""
+    """Write a figure atomically, and close it."""
     with committed_file(path) as partial:
         figure.savefig(partial, format="png", dpi=DPI, bbox_inches="tight")
     plt.close(figure)

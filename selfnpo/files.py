@@ -1,6 +1,6 @@
-"""Files and folders that are either whole or absent, and the header of tensors that are written one by one.
+"""Atomic writing of files and folders, and the header of a safetensors file that is written tensor by tensor.
 
-Their permissions follow the umask, also where a library (safetensors' `save_file`) lets nobody but the owner read a file.
+Permissions follow the umask, even if a library (safetensors' `save_file`) makes a file readable only to its owner.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from torch import Tensor
 from selfnpo.errors import UserError
 
 PARTIAL = ".partial"
-DTYPES = {  # by their names in the headers of safetensors files
+DTYPES = {  # by their names in safetensors headers
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
@@ -31,14 +31,14 @@ def _flush(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file as a whole."""
+    """Write a text file atomically."""
     with committed_file(path) as partial:
         partial.write_text(text)
 
 
 @contextlib.contextmanager
 def committed_file(path: Path) -> Iterator[Path]:
-    """A name of the same suffix to write to; it takes the place of `path` when the block ends well, and vanishes if not."""
+    """A temporary path with the same suffix. It replaces `path` if the block succeeds, and is deleted otherwise."""
     partial = path.with_name(f"{PARTIAL}-{path.name}")
     try:
         partial.unlink(missing_ok=True)
@@ -54,7 +54,7 @@ def committed_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def committed_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill; it takes the place of `folder` when the block ends well, and vanishes otherwise."""
+    """A temporary folder to fill. It replaces `folder` if the block succeeds, and is deleted otherwise."""
     partial = folder.with_name(f".{folder.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -74,8 +74,8 @@ def committed_folder(folder: Path) -> Iterator[Path]:
 
 
 def tensors_header(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """The beginning of a safetensors file, behind which the data of `tensors` follow in their order: where safetensors' own
-    `save_file` wants all of them at once, a writer may fetch one after the other."""
+    """The start of a safetensors file; the data of `tensors` follow in their order. A writer can then produce one after the
+    other, whereas safetensors' own `save_file` needs all tensors at once."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, end = {} if metadata is None else {"__metadata__": metadata}, 0
     for key, tensor in tensors.items():

@@ -13,7 +13,7 @@ from selfnpo.models.origin import check_exists
 from selfnpo.options import MixOptions, ModelOptions
 from selfnpo.output import check_output
 
-# As diffusers names the parts of a model.
+# The files of a model, as diffusers names them.
 RESULTS = ("config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.safetensors.index.json")
 
 
@@ -22,13 +22,13 @@ class MergeConfig(MixOptions, ModelOptions):
     """Write theta + alpha eta + beta delta, or theta - k delta, as one model."""
 
     beta: float = 1.0
-    """Share of delta in the result."""
+    """Weight of delta in the result."""
     extrapolate: float | None = None
-    """k: write theta - k delta instead, a model to sample from that needs no negative."""
+    """k: write theta - k delta instead, a model that you sample from without a negative."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Of the result; by default that of the base's files, float32 where these hold several or must be converted."""
+    """Dtype of the result; by default that of the base's files, or float32 if they mix dtypes or must be converted."""
     output_dir: Path = Path("merged")
-    """Folder to write: config.json and weights, as diffusers writes them."""
+    """Folder for config.json and the weights, in diffusers' format."""
     overwrite: bool = False
     """Replace an earlier result in output_dir."""
 
@@ -39,13 +39,15 @@ def check(config: MergeConfig) -> None:
         if not 0 < k < math.inf:
             raise UserError(f"extrapolate is {k}; expected a finite number above 0, the k of theta - k delta")
         if config.positive is not None or (config.alpha, config.beta) != (1, 1):
-            raise UserError("extrapolate writes theta - k delta alone; leave out --positive, --alpha and --beta")
+            raise UserError("extrapolate writes theta - k delta and nothing else; leave out --positive, --alpha and --beta")
     config.check_shares([config.beta])
     folder = config.output_dir
     check_output(folder, config.overwrite)
     others = sorted(path.name for path in folder.glob("*") if not any(map(path.match, RESULTS)))
     if others:
-        raise UserError(f"output_dir {folder} holds {others[0]}, which is of something else; choose another folder")
+        raise UserError(
+            f"output_dir {folder} contains {others[0]}, which is not part of a merged model; choose another folder"
+        )
 
 
 def main(config: MergeConfig) -> None:
@@ -53,7 +55,7 @@ def main(config: MergeConfig) -> None:
     for name in filter(None, (config.negative, config.positive)):
         check_exists(str(name), config)
     print("loading PyTorch and diffusers")
-    import torch  # here, so that mistakes are answered before PyTorch is loaded
+    import torch  # imported here so that mistakes are reported before PyTorch loads
 
     from selfnpo.export.merged import dtype_name, formula, merge
     from selfnpo.models import check_negative

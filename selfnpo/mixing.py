@@ -9,7 +9,7 @@ def mixed(theta: Tensor, negative: Tensor, positive: Tensor | None, alpha: float
     """One weight of theta + alpha eta + beta delta: exactly `negative` at beta = 1, `theta` at 0, theta - k delta at -k.
 
     Args:
-        theta, negative, positive: weights of one shape: theta, theta + delta, theta + eta.
+        theta, negative, positive: weights of the same shape: theta, theta + delta, theta + eta.
     """
     result = theta.lerp(negative, beta)
     return result if positive is None else result.add_(positive - theta, alpha=alpha)
@@ -25,8 +25,8 @@ def mix_(
         negative: theta + delta, the result of training; becomes theta + alpha eta + beta delta.
         base: theta.
         positive: theta + eta, a preference-optimised or otherwise fine-tuned model, used as the positive.
-        alpha: share of eta in [0, 1]; 1 keeps all that positive and negative have in common, so that it cancels.
-        beta: share of delta in [0, 1].
+        alpha: weight of eta in [0, 1]. At 1 the negative contains all of eta, as the positive does, so eta cancels.
+        beta: weight of delta in [0, 1].
     """
     theta = [*base.parameters()]
     tuned = [None] * len(theta) if positive is None else positive.parameters()

@@ -1,4 +1,4 @@
-"""Settings that several commands share. Nothing heavy is imported here: `--help` and mistakes are answered at once."""
+"""Settings that several commands share. Nothing heavy is imported here, so that `--help` and mistakes are answered fast."""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from tyro.conf import arg
 
 from selfnpo.errors import UserError
 
-DEMO = "demo"  # in the place of a model: the class-conditional DiT on 8x8 digits that is shipped with the package
-NONE = "none"  # in the place of a file of prompts
+DEMO = "demo"  # instead of a model: the class-conditional DiT on 8x8 digits that comes with the package
+NONE = "none"  # instead of a prompt file
 Precision = Literal["auto", "no", "fp16", "bf16"]
-Split = Literal["final", "development"]  # of the digits, see selfnpo/inputs/digits.py
+Split = Literal["final", "development"]  # of the digits; see selfnpo/inputs/digits.py
 
 
 @dataclass(frozen=True)
@@ -21,59 +21,59 @@ class ModelOptions:
     """Which model."""
 
     pretrained_model_name_or_path: Annotated[str, arg(aliases=("--model", "--pretrained_teacher_model"))] = DEMO
-    """The base: demo, a diffusers folder, a Hugging Face id, or a single .safetensors file."""
+    """The base model: demo, a diffusers folder, a Hugging Face id, or a single .safetensors file."""
     revision: Annotated[str | None, arg(aliases=("--teacher_revision",))] = None
-    """Branch, tag or commit of a Hugging Face id."""
+    """Branch, tag or commit on the Hugging Face hub."""
     variant: str | None = None
-    """Weights with this word in their file names, such as fp16."""
+    """Variant of the weights, such as fp16: the word in their file names."""
     local_files_only: bool = False
-    """Use what is on disk and in the cache; never ask the hub."""
+    """Use only local and cached files; never contact the hub."""
     single_file_config: str | None = None
-    """For a single file: a diffusers folder or id with its configuration; by default the one that diffusers recognises."""
+    """For a single file: a diffusers folder or id with its configuration; by default diffusers recognises it."""
     denoiser_name_or_path: str | None = None
-    """UNet or transformer in place of the base's own: a folder, an id or a file, as of Diffusion-DPO and SePPO."""
+    """Folder, id or file of a UNet or transformer to use instead of the base's own, such as Diffusion-DPO's or SePPO's."""
     lora_name_or_path: Annotated[str | None, arg(aliases=("--base_weights",))] = None
-    """LoRA to merge into the base: a folder, an id or a file."""
+    """Folder, id or file of a LoRA to merge into the base."""
     lora_scale: Annotated[float, arg(aliases=("--base_weights_multiplier",))] = 1.0
     """Strength of that LoRA."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
-    """What the denoiser predicts, where the base's scheduler says it wrongly."""
+    """What the denoiser predicts, if the base's scheduler configuration is wrong."""
 
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """The size of what is sampled, and SDXL's micro-conditioning; None is what the model was trained for."""
+    """Sample size and SDXL's micro-conditioning. None: what the model was trained for."""
 
     resolution: int | None = None
-    """Height and width in pixels; by default what the model was trained for."""
+    """Height and width in pixels; by default the model's training resolution."""
     height: int | None = None
-    """Height in pixels, if it is not the resolution."""
+    """Height in pixels, if it differs from resolution."""
     width: int | None = None
-    """Width in pixels, if it is not the resolution."""
+    """Width in pixels, if it differs from resolution."""
     num_frames: int | None = None
-    """Frames of a video."""
+    """Number of frames in a video."""
     original_size: tuple[int, int] | None = None
-    """SDXL: height and width that the model is told its training image had; by default those sampled."""
+    """SDXL: original image height and width to condition on; by default the sampled size."""
     crops_coords_top_left: tuple[int, int] = (0, 0)
-    """SDXL: where the model is told its training image was cropped."""
+    """SDXL: crop position (top, left) to condition on."""
     target_size: tuple[int, int] | None = None
-    """SDXL: height and width that the model is told to aim for; by default those sampled."""
+    """SDXL: target height and width to condition on; by default the sampled size."""
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width in pixels, with those of the model's training as defaults."""
+        """Height and width in pixels; the arguments, the size that the model was trained for, are the defaults."""
         return self.height or self.resolution or height, self.width or self.resolution or width
 
 
 @dataclass(frozen=True)
 class MixOptions:
-    """Which models are mixed."""
+    """Which models to mix."""
 
     negative: Path = Path("runs/demo/negative")
-    """Folder, Hugging Face id or file of a trained negative model, full weights or LoRA: theta + delta."""
+    """Folder, Hugging Face id or file of a trained negative (full weights or LoRA): theta + delta."""
     positive: Path | None = None
-    """Folder, id or file of a fine-tuned positive model, full weights or LoRA: theta + eta. By default the base itself."""
+    """Folder, id or file of a fine-tuned positive model (full weights or LoRA): theta + eta. By default the base itself."""
     alpha: float = 1.0
-    """Share of eta in the negative: theta + alpha eta + beta delta."""
+    """Weight of eta in the negative: theta + alpha eta + beta delta."""
     force: bool = False
     """Allow alpha and beta outside [0, 1]."""
 
@@ -85,5 +85,5 @@ class MixOptions:
                 raise UserError(f"{name} is {value}; expected {hint}")
         if self.alpha != 1 and self.positive is None:
             raise UserError(
-                f"alpha is {self.alpha}, but it scales eta and no positive is given; pass --positive or leave --alpha out"
+                f"alpha is {self.alpha}, but it only applies to a positive model; pass --positive or leave --alpha out"
             )

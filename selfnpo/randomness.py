@@ -1,7 +1,7 @@
-"""Every random number of the project, as a pure function of (seed, step, site, sample id).
+"""Every random number in the project is a pure function of (seed, step, site, sample id).
 
-There is no generator state: a resumed run, a rollout on another device or a batch split differently draws the same numbers.
-A site stands for a purpose, so two purposes never share a number.
+There is no generator state: a resumed run, another device or another split of the batch draws the same numbers. A site
+stands for a purpose, so two purposes never share a number.
 """
 
 from enum import IntEnum
@@ -13,14 +13,14 @@ from selfnpo_kernels.philox import philox_uniform
 
 class Site(IntEnum):
     START_NOISE = 1  # x_T of a trajectory
-    CONDITION = 2  # which prompt or label a trajectory follows
+    CONDITION = 2  # the prompt or label of a trajectory
     START = 3  # where a rollout from data starts
     STOP = 4  # where a fresh rollout stops
     IMAGE = 5  # which image a rollout from data starts from
     JUMP_TIME = 6  # s
     JUMP_NOISE = 7  # from x_t to x_s
-    DROPOUT = 8  # student's condition replaced by the null condition
-    SAMPLE_NOISE = 9  # x_T of a sample, independent of all training trajectories
+    DROPOUT = 8  # whether the student's condition is replaced by the null condition
+    SAMPLE_NOISE = 9  # x_T of a sample, independent of the training trajectories
     PERTURBATION = 10  # the random baseline of the evaluation
 
 

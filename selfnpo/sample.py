@@ -1,4 +1,4 @@
-"""python -m selfnpo.sample: plain guidance beside guidance away from a negative model, from the same noise."""
+"""python -m selfnpo.sample: compare plain guidance with guidance away from a negative model, from the same noise."""
 
 import itertools
 import tempfile
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def output_file(config: SampleConfig, is_video: bool) -> Path:
-    """The contact sheet to write, whose suffix says what it is.
+    """The path of the contact sheet; its suffix decides the format.
 
     Raises:
-        UserError: it cannot be written, or cannot hold what is asked for.
+        UserError: it cannot be written, or the format does not suit the samples.
     """
     from selfnpo.sampling.video import SUFFIXES, check_video
 
@@ -33,8 +33,8 @@ def output_file(config: SampleConfig, is_video: bool) -> Path:
         names = (output.with_stem(f"{output.stem}-{number}") for number in itertools.count(2))
         output = next(path for path in itertools.chain((output,), names) if not path.exists())
     if output.suffix not in (".png", *(SUFFIXES if movable else ())):
-        why = "a sweep is a picture" if is_video else "the model makes images"
-        expected = ".png, .gif or .mp4" if movable else f".png, for {why}"
+        why = "a sweep is written as one picture" if is_video else "the model makes images"
+        expected = ".png, .gif or .mp4" if movable else f".png, because {why}"
         raise UserError(f"output is {output}; expected a file name that ends in {expected}")
     check_video(output)
     try:
@@ -45,7 +45,7 @@ def output_file(config: SampleConfig, is_video: bool) -> Path:
 
 
 def output_folder(config: SampleConfig, is_video: bool) -> "SampleFolder":
-    """Where single files go.
+    """The folder for single files.
 
     Raises:
         UserError: they cannot be written there.
@@ -60,7 +60,7 @@ def output_folder(config: SampleConfig, is_video: bool) -> "SampleFolder":
 
 
 def image_count(config: SampleConfig, prompts: Sequence[str], usual: int) -> int:
-    """Images, or videos, per method."""
+    """Number of images or videos per method."""
     if config.output_dir is not None:
         return config.num_images or len(prompts) or usual
     count = config.num_images or max(usual, len(prompts))
@@ -70,7 +70,7 @@ def image_count(config: SampleConfig, prompts: Sequence[str], usual: int) -> int
 
 
 def check_files(config: SampleConfig) -> tuple[str, ...]:
-    """What needs neither the model nor PyTorch. Returns the prompts, none for the usual ones."""
+    """Checks that need neither the model nor PyTorch. Returns the prompts; empty means the default ones."""
     prompts = config.prompt if config.prompts == NONE else tuple(read_prompts(config.prompts))
     if config.output is not None:
         if not config.output.parent.is_dir():
@@ -87,12 +87,12 @@ def check_files(config: SampleConfig) -> tuple[str, ...]:
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Raise a UserError if single files cannot be written there, or if something is there that must stay."""
+    """Raise a UserError if single files cannot be written there, or if the folder contains anything else."""
     if (
         folder.is_dir() and any(folder.glob("*")) and not (folder / RECORD).is_file()
     ):  # not even with overwrite: `negative` may be a model
         raise UserError(
-            f"output_dir {folder} is not empty and holds no {RECORD}, so its files are not samples of this command; "
+            f"output_dir {folder} is not empty and has no {RECORD}, so its files are not samples from this command; "
             "choose another folder"
         )
     check_output(folder, overwrite)
@@ -103,7 +103,7 @@ def main(config: SampleConfig) -> None:
     prompts = check_files(config)
     print("loading PyTorch and diffusers")
     source = Source(config)
-    import torch  # here, so that mistakes are answered before PyTorch is loaded
+    import torch  # imported here so that mistakes are reported before PyTorch loads
 
     from selfnpo.device import dtype_of
     from selfnpo.models import check_negative, load_pretrained
@@ -111,17 +111,17 @@ def main(config: SampleConfig) -> None:
     from selfnpo.sampling.folder import SampleFolder
     from selfnpo.schedule import make_grid
 
-    make_grid(source.scheduler, config.num_inference_steps)  # refused before slow work
+    make_grid(source.scheduler, config.num_inference_steps)  # validate before slow work
     is_video = len(source.family.sample_shape(source.config, source.scale, config)) == 4
     if config.video_format and (config.output_dir is None or not is_video):
-        raise UserError(f"video_format is {config.video_format}, but there are no videos in an output_dir; leave it out")
+        raise UserError(f"video_format is {config.video_format}, which is only for videos in an output_dir; leave it out")
     usual = (10 if config.is_sweep else 80) if source.is_demo else 1 if is_video else 4
     count = image_count(config, prompts, usual)
     output = output_file(config, is_video) if config.output_dir is None else output_folder(config, is_video)
     for name in filter(None, (config.negative, config.positive)):
         check_negative(name, source)
 
-    dtype, host = dtype_of(config.mixed_precision), torch.device("cpu")  # where the models are mixed
+    dtype, host = dtype_of(config.mixed_precision), torch.device("cpu")  # the models are mixed there
     base = load_pretrained(config, config, further_prompts=prompts, dtype=dtype, weights_device=host)
     comparison = Comparison(config, base, prompts, count)
     if isinstance(output, SampleFolder):

@@ -16,9 +16,9 @@ from selfnpo.errors import UserError
 
 @dataclass(frozen=True)
 class Schedule:
-    """All training times of a model, in order of increasing noise; all float64, `[T]`."""
+    """All training times of a model, in order of increasing noise; float64, `[T]`."""
 
-    timesteps: Tensor  # what the model is called with
+    timesteps: Tensor  # what the model receives
     alpha: Tensor
     sigma: Tensor
     prediction_type: str  # epsilon, v_prediction, sample or flow
@@ -35,7 +35,7 @@ class Grid:
 
 
 def _sampler(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """The deterministic sampler that belongs to a scheduler. It defines the noise levels."""
+    """The deterministic sampler for a scheduler. It defines the noise levels."""
     name = type(scheduler).__name__
     if name.startswith("FlowMatch"):
         if scheduler.config.use_dynamic_shifting:
@@ -64,7 +64,7 @@ def make_schedule(scheduler: SchedulerMixin) -> Schedule:
     """All times of a diffusers scheduler, such as `pipe.scheduler`.
 
     The noise levels are the scheduler's own (any beta schedule, zero terminal SNR, CogVideoX's SNR shift,
-    flow-matching shift). Clipping and thresholding of x_0 are left out because they are not affine.
+    flow-matching shift). Clipping and thresholding of x_0 are ignored because they are not affine.
     """
     sampler = _sampler(scheduler)
     if isinstance(sampler, FlowMatchEulerDiscreteScheduler):
@@ -76,7 +76,7 @@ def make_schedule(scheduler: SchedulerMixin) -> Schedule:
 
 
 def make_grid(scheduler: SchedulerMixin, num_inference_steps: int) -> Grid:
-    """The sampling trajectory of `num_inference_steps` points that the scheduler's configuration defines.
+    """The sampling trajectory with `num_inference_steps` points, as the scheduler's configuration defines it.
 
     Raises:
         UserError: the steps do not divide the training timesteps evenly.
@@ -86,7 +86,7 @@ def make_grid(scheduler: SchedulerMixin, num_inference_steps: int) -> Grid:
     if not 1 <= num_inference_steps <= total or total % num_inference_steps:
         divisors = [n for n in range(10, 101) if total % n == 0]
         raise UserError(
-            f"num_inference_steps is {num_inference_steps}; expected a divisor of {total} training timesteps, "
+            f"num_inference_steps is {num_inference_steps}; expected a divisor of the {total} training timesteps, "
             f"for example one of {divisors}"
         )
     sampler.set_timesteps(num_inference_steps)

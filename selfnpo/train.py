@@ -1,4 +1,4 @@
-"""python -m selfnpo.train: a negative model from a diffusion model's own truncated rollouts."""
+"""python -m selfnpo.train: train a negative model from a diffusion model's own truncated rollouts."""
 
 import signal
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from selfnpo.inputs.folder import read_folder
 from selfnpo.inputs.prompts import read_prompts
 from selfnpo.models import Source
 from selfnpo.models.origin import check_exists
-from selfnpo.output import RESULTS, check_output, prepare_output
+from selfnpo.options import DEMO
+from selfnpo.output import RESULTS, check_output, lasting, prepare_output
 
 if TYPE_CHECKING:
     from selfnpo.training.trainer import Trainer
@@ -31,11 +32,10 @@ def main(config: TrainConfig) -> int | None:
     device, source = default_device(), Source(config)
     check_supported(config, source, device)
     data = read_data(config, source)
-    if source.is_demo:
-        print("no model of your own is given (--pretrained_model_name_or_path): training the embedded demo")
     print(summary(config, source, data))
     needs = config, source, len(data.prompts), device
-    plan = memory_plan(*needs)
+    with lasting("planning memory"):
+        plan = memory_plan(*needs)
     print(plan, shortage(plan, *needs), sep="\n", end="")
     trainer = None
     with advised(*needs, lambda: trainer.last_checkpoint() if trainer else "nothing was written"):
@@ -50,7 +50,7 @@ def main(config: TrainConfig) -> int | None:
 
 
 def finish(trainer: "Trainer", source: Source, status: str) -> int | None:
-    """Write the results and say where they are; returns the exit code."""
+    """Write the results and print where they are. Returns the exit code."""
     import torch
 
     from selfnpo.budget.cost import cost_lines, count_flops
@@ -61,23 +61,25 @@ def finish(trainer: "Trainer", source: Source, status: str) -> int | None:
     from selfnpo.training.trainer import resume_command
 
     state, config = trainer.state, trainer.config
-    compute = compute_cost(state, trainer.meter, count_flops(config, source))
+    with lasting("counting FLOPs"):
+        compute = compute_cost(state, trainer.meter, count_flops(config, source))
     print(cost_lines(save_metrics(state, status, compute)))
     if status == "interrupted":
         print(f"interrupted after step {state.step}; continue with\n  {resume_command(config)}")
         return 128 + signal.SIGINT
     trainer.step.release()
-    negative = save_negative(state, status)
+    with lasting("writing the negative"):
+        negative = save_negative(state, status)
     print(f"negative model: {negative}")
     if source.is_demo:
-        with torch.compiler.set_stance("force_eager"):  # in batches of other sizes than those of the training
+        with torch.compiler.set_stance("force_eager"):  # its batch sizes differ from those of training
             print(demo_report(state, status, compute))
     else:
         if picture := trainer.save_grid():
-            print(f"plain samples beside negative-guided ones: {picture}")
+            print(f"samples with plain and with negative guidance: {picture}")
             add_picture(state, status, picture)
         trainer.writer.wait()
-        save_metrics(state, status, compute)  # with what came after the last step
+        save_metrics(state, status, compute)  # now with the time spent after the last step
     print(beside_steps(state), strength_note(state), sep="\n", end="")
     print(f"all results: {config.output_dir}")
     if config.push_to_hub:
@@ -85,7 +87,7 @@ def finish(trainer: "Trainer", source: Source, status: str) -> int | None:
 
 
 def check_early(config: TrainConfig) -> None:
-    """What needs neither the model nor PyTorch: the folder to write to, and the files to read."""
+    """Checks that need neither the model nor PyTorch: the output folder and the input files."""
     check_output(config.output_dir, config.overwrite, config.resume_from_checkpoint)
     if config.train_data_dir is not None:
         read_folder(config.train_data_dir)
@@ -93,6 +95,8 @@ def check_early(config: TrainConfig) -> None:
         read_prompts(config.prompts)
     for name in filter(None, (config.denoiser_name_or_path, config.lora_name_or_path)):
         check_exists(name, config)
+    if config.pretrained_model_name_or_path == DEMO:
+        print("no model was given with --pretrained_model_name_or_path, so this trains the embedded demo")
     print("loading PyTorch and diffusers")
 
 

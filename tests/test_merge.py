@@ -18,7 +18,7 @@ import tiny
 from commands import call
 from fine_tunes import WEIGHTS, denoiser, fine_tune, save_both_loras, weights
 from original_format import save_single_file
-from selfnpo import merge
+from selfnpo.export.merged import merge
 from selfnpo.models import DEMO_FOLDER, ModelOptions, Source
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "merging.md"
@@ -219,7 +219,7 @@ def test_memory_for_a_few_tensors_at_a_time(models, tmp_path):
     assert sum(sizes) > 250e6
     del model
     source, folder = Source(ModelOptions(str(base))), tmp_path / "merged"
-    peak = growth(lambda: merge.merge(source, str(base), folder, positive=str(base), beta=-0.5))
+    peak = growth(lambda: merge(source, str(base), folder, positive=str(base), beta=-0.5))
     assert peak < 8 * max(sizes) < sum(sizes) / 2, peak  # base, negative, positive, eta and result, six today
     assert (folder / WEIGHTS).stat().st_size > sum(sizes)
     assert growth(lambda: denoiser(base)) > 0.9 * sum(sizes)  # so it is measured

@@ -40,8 +40,8 @@ def refused(tmp_path, capsys):
         (["--beta", 1.5], "beta is 1.5; expected a value from 0 to 1, or any with --force"),
         (["--beta", "nan", "--force"], "beta is nan; expected a finite number"),
         (["--positive", "x", "--alpha", -1], "alpha is -1.0; expected a value from 0 to 1"),
-        (["--alpha", 0.5], "alpha is 0.5, but it scales eta and no positive is given; pass --positive"),
-        (["--positive", "nobody/nothing"], "nobody/nothing is no folder here and could not be fetched from the hub"),
+        (["--alpha", 0.5], "alpha is 0.5, but it only applies to a positive model; pass --positive"),
+        (["--positive", "nobody/nothing"], "nobody/nothing was not found locally or on the hub"),
         (["--positive", "absent.safetensors"], "absent.safetensors"),
     ],
 )
@@ -54,12 +54,12 @@ def test_models_that_do_not_fit(models, tmp_path, refused):
     base = models("stable_diffusion")
     tiny.unet(cross_attention_dim=24).save_pretrained(tmp_path / "other")
     first = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight is [16, 24], expected [16, 32]"
-    refused(base, tmp_path / "other", f"other has another architecture than the base: {first}")
+    refused(base, tmp_path / "other", f"other has a different architecture than the base: {first}")
     refused(base, base, first, "--positive", tmp_path / "other")
     xl = save_both_loras(models("stable_diffusion_xl"), tmp_path / "xl", 1)
     refused(base, xl, "is a LoRA for another base")
     refused(models("class_conditional"), xl, "but diffusers has no LoRA for DiTPipeline")
-    refused(base, models("class_conditional"), "holds no config.json and no unet/config.json")
+    refused(base, models("class_conditional"), "contains neither config.json nor unet/config.json")
     (tmp_path / "broken.safetensors").write_bytes(b"no weights")
     refused(base, tmp_path / "broken.safetensors", "broken.safetensors could not be read as safetensors")
 
@@ -71,7 +71,7 @@ def test_models_that_do_not_fit(models, tmp_path, refused):
     (cut / WEIGHTS).write_bytes(b"no weights")
     refused(base, cut, "could not be read as safetensors")
     (cut / WEIGHTS).unlink()
-    refused(base, cut, "cut holds no weights; expected UNet2DConditionModel weights in *.safetensors")
+    refused(base, cut, "cut holds no weights; expected UNet2DConditionModel weights")
 
 
 def test_weights_that_are_no_numbers(models, tmp_path, refused):
@@ -81,9 +81,11 @@ def test_weights_that_are_no_numbers(models, tmp_path, refused):
         content["mid_block.resnets.0.conv1.bias"][3] = value
         save_file(content, tmp_path / name / WEIGHTS, {"format": "pt"})
     for name in ("infinite", "nan"):
-        refused(base, tmp_path / name, f"{name} holds weights that are inf or NaN, such as mid_block.resnets.0.conv1.bias")
+        refused(
+            base, tmp_path / name, f"{name} contains weights that are inf or NaN, such as mid_block.resnets.0.conv1.bias"
+        )
     shutil.copytree(tmp_path / "nan", tmp_path / "base" / "unet")
-    refused(tmp_path / "base", tmp_path / "large", "base holds weights that are inf or NaN")
+    refused(tmp_path / "base", tmp_path / "large", "base contains weights that are inf or NaN")
     too_large = "the result's mid_block.resnets.0.conv1.bias is too large for float16; pass --dtype bfloat16 or float32"
     refused(base, tmp_path / "large", too_large, "--dtype", "float16")
 
@@ -95,7 +97,9 @@ def test_folders_that_hold_something(models, tmp_path, refused, merged, monkeypa
     (out / "config.json").write_text("{}")
     refused(base, negative, "exists and is not empty; choose another, pass --overwrite to replace")
     (out / "thesis.txt").write_text("mine")
-    refused(base, negative, "out holds thesis.txt, which is of something else; choose another folder", "--overwrite")
+    refused(
+        base, negative, "out contains thesis.txt, which is not part of a merged model; choose another folder", "--overwrite"
+    )
     refused(base, negative, "is a file; expected a folder", "--output_dir", out / "thesis.txt", "--overwrite")
     (out / "thesis.txt").unlink()
     monkeypatch.chdir(out)

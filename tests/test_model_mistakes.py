@@ -47,7 +47,7 @@ def refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("model", "sentence"),
     [
-        ("nobody/no-such-model", "nobody/no-such-model is no folder here and could not be fetched from the hub"),
+        ("nobody/no-such-model", "nobody/no-such-model was not found locally or on the hub"),
         ("model.ckpt", "convert it once: python -c"),
         ("absent.safetensors", "absent.safetensors does not exist"),
     ],
@@ -61,18 +61,18 @@ def test_a_local_model_is_asked_for_where_the_hub_must_not_be(refused):
 
 
 BREAKAGES = {
-    "no denoiser": (lambda f: shutil.rmtree(f / "unet"), "holds no unet/config.json and no transformer/config.json"),
+    "no denoiser": (lambda f: shutil.rmtree(f / "unet"), "contains neither unet/config.json nor transformer/config.json"),
     "no weights": (
         lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").unlink(),
-        "could not be loaded as a UNet2DConditionModel in safetensors",
+        "could not be loaded as a UNet2DConditionModel from safetensors",
     ),
     "no weights of the autoencoder": (
         lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors").unlink(),
-        "holds no weights of its vae; expected a complete pipeline",
+        "contains no weights for its vae; expected a complete pipeline",
     ),
     "no size": (
         lambda f: edit(f / "unet" / "config.json", sample_size=None),
-        "the model's configuration names no sample_size; pass --resolution",
+        "the model's configuration has no sample_size; pass --resolution",
     ),
     "no text encoder": (lambda f: shutil.rmtree(f / "text_encoder"), "tokenizer, text_encoder of"),
     "no text encoder named": (
@@ -92,24 +92,24 @@ BREAKAGES = {
         lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").rename(
             f / "unet" / "diffusion_pytorch_model.fp16.safetensors"
         ),
-        "unet holds no weights without a variant; pass --variant fp16",
+        "unet contains no weights without a variant; pass --variant fp16",
     ),
     "pickled text encoder": (
         lambda f: (f / "text_encoder" / "model.safetensors").rename(f / "text_encoder" / "pytorch_model.bin"),
-        "text_encoder holds weights in a format that can run code when it is opened; convert them once: python -c",
+        "text_encoder contains weights in a format that can run code when it is opened; convert them once: python -c",
     ),
     "unknown family": (
         lambda f: edit(f / "unet" / "config.json", _class_name="UNet3DConditionModel"),
-        "expected stable-diffusion (UNet2DConditionModel), stable-diffusion-2",
+        "expected CogVideoXTransformer3DModel, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel",
     ),
     "inpainting": (lambda f: edit(f / "unet" / "config.json", in_channels=9), "variant for inpainting"),
     "two kinds of condition": (
         lambda f: edit(f / "unet" / "config.json", class_embed_type="projection"),
-        "variant that takes more",
+        "variant that needs more",
     ),
     "another text encoder": (
         lambda f: edit(f / "unet" / "config.json", cross_attention_dim=24),
-        "gives encoder_hidden_states of [77, 32], the denoiser takes [77, 24]",
+        "returns encoder_hidden_states of shape [77, 32], but the denoiser expects [77, 24]",
     ),
     "broken config": (lambda f: (f / "unet" / "config.json").write_text("{"), "unet/config.json of"),
 }
@@ -148,14 +148,14 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(models,
 
 
 def test_a_variant_that_is_not_there(models, refused):
-    refused(models("stable_diffusion"), "holds no weights of the variant fp16; leave --variant out", "--variant", "fp16")
+    refused(models("stable_diffusion"), "contains no weights for the variant fp16; leave --variant out", "--variant", "fp16")
 
 
 def test_an_autoencoder_of_another_kind(models, refused, tmp_path):
     folder = shutil.copytree(models("unconditional"), tmp_path / "model")
     (folder / "vqvae").mkdir()
     (folder / "vqvae" / "config.json").write_text("{}")
-    refused(folder, "has a vqvae, which is not supported; expected a model on pixels or with a vae")
+    refused(folder, "has a vqvae, which is not supported; expected a model with a vae, or in pixel space")
 
 
 def test_noise_of_exploding_variance(models, refused, tmp_path):
@@ -167,7 +167,7 @@ def test_noise_of_exploding_variance(models, refused, tmp_path):
 def test_steps_are_refused_before_anything_lasts(models, tmp_path, capsys):
     model = ("--pretrained_model_name_or_path", models("stable_diffusion"), "--output_dir", tmp_path / "out")
     assert call("train", *model, "--num_inference_steps", 30) == 2
-    assert capsys.readouterr().out == ""  # not even the memory plan, which comes before the weights
+    assert capsys.readouterr().out == "loading PyTorch and diffusers\n"  # and no memory plan, which precedes the weights
 
 
 def test_an_extra_that_is_not_installed(models, refused, monkeypatch):
@@ -176,7 +176,7 @@ def test_an_extra_that_is_not_installed(models, refused, monkeypatch):
 
 
 def test_a_unet_alone_is_no_model(models, refused):
-    refused(models("stable_diffusion") / "unet", "a UNet alone goes into --denoiser_name_or_path")
+    refused(models("stable_diffusion") / "unet", "pass a UNet without a pipeline as --denoiser_name_or_path")
 
 
 def test_single_files(models, refused, tmp_path):
@@ -187,9 +187,9 @@ def test_single_files(models, refused, tmp_path):
         refused(part, "expected a complete checkpoint", "--single_file_config", models("stable_diffusion"))
     part.write_bytes(file.read_bytes()[:1000])
     refused(part, "could not be", "--single_file_config", models("stable_diffusion"))
-    refused(part, "could not be recognised as a diffusion model; name a diffusers folder")
+    refused(part, "was not recognised as a diffusion model; pass a diffusers folder")
     refused(file, "needs the configuration of stable-diffusion-v1-5/stable-diffusion-v1-5, which could not be read; name a")
-    refused(file, "which diffusers does not read for CogVideoX", "--single_file_config", models("cogvideox"))
+    refused(file, "but diffusers cannot load a CogVideoX", "--single_file_config", models("cogvideox"))
 
 
 @pytest.mark.parametrize(
@@ -200,9 +200,9 @@ def test_single_files(models, refused, tmp_path):
         ("cogvideox", ["--height", 72], "height is 72; expected a multiple of 16 for this model, such as 64"),
         ("cogvideox", ["--num_frames", 8], "num_frames is 8; expected a multiple of 4 plus 1, such as 9"),
         ("unconditional", ["--resolution", 17], "height is 17; expected a multiple of 2"),
-        ("class_conditional", ["--resolution", 128], "a DiT has positions for its own size alone"),
-        ("stable_diffusion", ["--rank", 64], "rank is 64, larger than the layer"),
-        ("stable_diffusion", ["--rank", 2, "--lora_target_modules", "to_x"], "lora_target_modules ['to_x'] fit no layers"),
+        ("class_conditional", ["--resolution", 128], "the only size that this DiT supports"),
+        ("stable_diffusion", ["--rank", 64], "rank is 64, which is too large for the layer"),
+        ("stable_diffusion", ["--rank", 2, "--lora_target_modules", "to_x"], "lora_target_modules ['to_x'] match no layers"),
         ("stable_diffusion", ["--rank", 2, "--lora_alpha", -1], "lora_alpha is -1.0; expected a positive number"),
         ("stable_diffusion", ["--prompts", "absent.txt"], "prompts absent.txt could not be read"),
         ("stable_diffusion", ["--preset", "released"], "but no images are given; pass --train_data_dir FOLDER"),
@@ -210,10 +210,10 @@ def test_single_files(models, refused, tmp_path):
         ("cogvideox", ["--attention", "xformers"], "diffusers does not support it for cogvideox models"),
         ("unconditional", ["--validation_prompt", "a cat"], "but the model is unconditional; leave it out"),
         ("class_conditional", ["--validation_prompt", "12"], "expected a class number from 0 to 9"),
-        ("stable_diffusion", ["--denoiser_name_or_path", "nowhere"], "nowhere is no folder here"),
-        ("stable_diffusion", ["--lora_name_or_path", "nowhere"], "nowhere is no folder here"),
+        ("stable_diffusion", ["--denoiser_name_or_path", "nowhere"], "nowhere was not found locally or on the hub"),
+        ("stable_diffusion", ["--lora_name_or_path", "nowhere"], "nowhere was not found locally or on the hub"),
         ("stable_diffusion", ["--lora_name_or_path", "lora.pt"], "in a format that can run code"),
-        ("unconditional", ["--lora_name_or_path", "lora"], "diffusers has no LoRA for DDPMPipeline"),
+        ("unconditional", ["--lora_name_or_path", "."], "diffusers has no LoRA for DDPMPipeline"),
         ("stable_diffusion", ["--gradient_accumulation_steps", 0], "gradient_accumulation_steps is 0"),
         (
             "stable_diffusion",
@@ -271,18 +271,21 @@ def test_a_lora_and_a_unet_for_another_base(models, refused, tmp_path, capsys):
     lora = tmp_path / "xl" / "negative"
     refused(models("stable_diffusion"), "is a LoRA for another base: it changes", "--lora_name_or_path", lora)
     refused(
-        models("cogvideox"), "holds nothing for the transformer; expected a LoRA of this family", "--lora_name_or_path", lora
+        models("cogvideox"),
+        "changes nothing in the transformer; expected a LoRA for this model family",
+        "--lora_name_or_path",
+        lora,
     )
     base = models("stable_diffusion")
     (tmp_path / "broken.safetensors").write_bytes(b"no weights")
-    refused(base, "could not be read as a LoRA in safetensors", "--lora_name_or_path", tmp_path / "broken.safetensors")
+    refused(base, "could not be read as a LoRA from safetensors", "--lora_name_or_path", tmp_path / "broken.safetensors")
     weights = {key: tensor * torch.nan for key, tensor in load_file(lora / LORA_FILE).items()}
     save_file(weights, tmp_path / "nan.safetensors")
     xl, nan = models("stable_diffusion_xl"), tmp_path / "nan.safetensors"
-    refused(xl, "nan.safetensors holds weights that are inf or NaN, such as unet.", "--lora_name_or_path", nan)
+    refused(xl, "nan.safetensors contains weights that are inf or NaN, such as unet.", "--lora_name_or_path", nan)
     other = tmp_path / "other"
     tiny.unet(cross_attention_dim=24).save_pretrained(other)
-    refused(base, "has another architecture than the base", "--denoiser_name_or_path", other)
+    refused(base, "has a different architecture than the base", "--denoiser_name_or_path", other)
     assert call("sample", "--pretrained_model_name_or_path", base, "--negative", lora, "--output", tmp_path / "x.png") == 2
     assert "is a LoRA for another base" in capsys.readouterr().err
 

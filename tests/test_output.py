@@ -4,15 +4,46 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
+
 from selfnpo import output
+from selfnpo.models import DEMO_FOLDER
 
 ROOT = Path(__file__).parents[1]
-# Commands one after the other in one process, each as its module would start it.
+# Commands one after the other in one process, each as its module would start it. What a file of this project prints, also by
+# way of the standard library or tqdm, begins with a mark; what is written past Python, as C++ libraries do, has none.
 SCRIPT = """
 import shlex, sys
 from importlib import import_module
+from pathlib import Path
+
+ROOT, TOOLS = sys.argv[1], (str(Path(shlex.__file__).parent) + "/", "/tqdm/", "<")
+
+class Marked:
+    def __init__(self, stream):
+        self.stream, self.start = stream, True
+
+    def write(self, text):
+        frame = sys._getframe(1)
+        while frame.f_back and (
+            frame.f_code.co_name == "show"  # our way to show the warnings of others
+            or ("site-packages" not in frame.f_code.co_filename and frame.f_code.co_filename.startswith(TOOLS))
+            or "/tqdm/" in frame.f_code.co_filename
+        ):
+            frame = frame.f_back
+        mark = "ours: " if frame.f_code.co_filename.startswith(ROOT) else f"{frame.f_code.co_filename}: "
+        for line in text.splitlines(keepends=True):
+            self.stream.write(mark * self.start + line)
+            self.start = line.endswith("\\n")
+        return len(text)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+sys.stdout, sys.stderr = Marked(sys.stdout), Marked(sys.stderr)
 from selfnpo.cli import run
 for line in sys.stdin.read().splitlines():
     name, *arguments = shlex.split(line)
@@ -22,46 +53,85 @@ for line in sys.stdin.read().splitlines():
         if ended.code:
             sys.exit(f"{line} ended with {ended.code}")
 """
-# What a library's line looks like: a warning, a logger's prefix, an advice to install, a module's path.
-FOREIGN = re.compile(
-    r"Warning|warn\(|Failed to|deprecat|torchvision|\[transformers\]|\[diffusers\]|site-packages|it/s\]|%\||"
-    r"Loading (weights|pipeline)|^W\d{4}|^[A-Z]+:|Traceback|pip install"
-)
+# The looks of a library's line that our own code would hand on, and of a bar that is drawn over itself.
+FOREIGN = re.compile(r"Warning|warn\(|deprecat|site-packages|it/s|\r|\x1b|Traceback|None")
 
 
-def test_progress_is_lines_where_there_is_no_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(output, "LINE_SECONDS", 0)
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(output, "FIRST_LINE", 0.05)
+    monkeypatch.setattr(output, "LINE_SECONDS", 0.1)
+
+
+def test_progress_is_lines_where_there_is_no_terminal(quick, capsys):
+    for _ in output.progress(range(2), desc="judge", unit="batch"):
+        time.sleep(0.2)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) in range(3, 7)  # also while a batch lasts
+    assert lines[0] == "judge: 0 of 2 batches, 00:00 passed"
+    assert re.fullmatch(r"judge: 1 of 2 batches, 00:00 passed, 00:00 left, [\d.]+ batches/s", lines[-2])
+    assert re.fullmatch(r"judge: 2 of 2 batches, 00:00 passed, [\d.]+ batches/s", lines[-1])
+
+
+def test_what_is_quick_gets_no_line(capsys):
+    for _ in output.progress(range(100_000), desc="sample", unit="step", leave=False):
+        pass
+    with output.lasting("loading vae"):
+        pass
+    assert capsys.readouterr().err == ""
+    with output.progress(total=3, initial=1, desc="train", unit="step") as bar:
+        bar.update(2)
+        bar.set_postfix_str("loss=0.5")
+    assert re.fullmatch(r"train: 3 of 3 steps, 00:00 passed, [\d.e+]+ steps/s, loss=0.5\n", capsys.readouterr().err)
+
+
+def test_what_lasts_says_so(quick, capsys):
+    with output.lasting("loading vae"):
+        time.sleep(0.3)
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first == "loading vae: 00:00 passed"
+    assert others
+    time.sleep(0.2)
+    assert capsys.readouterr().err == ""  # nothing goes on
+
+
+def test_a_line_of_progress_comes_within_two_seconds_and_then_every_few():
+    assert output.FIRST_LINE < 2
+    assert output.LINE_SECONDS <= 10
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     for _ in output.progress(range(3), desc="judge", unit="sample"):
         pass
-    said = capsys.readouterr().err
-    assert said.splitlines()[0].startswith("judge: 0 of 3, ")  # at once
-    assert said.splitlines()[-1].startswith("judge: 3 of 3, ")
-    assert not any(character in said for character in "\r\x1b")
-
-
-def test_lines_are_seconds_apart(capsys):
-    for _ in output.progress(range(100_000), desc="train", unit="step"):
-        pass
-    assert 1 <= len(capsys.readouterr().err.splitlines()) <= 2
+    assert "| 3/3 [" in capsys.readouterr().err
 
 
 def test_no_command_shows_a_line_of_a_library(models, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    short = "--max_train_steps 2 --train_batch_size 2 --num_inference_steps 10 --pool_size 1"
-    sd, dit = (models(name) for name in ("stable_diffusion", "class_conditional"))
+    short = "--max_train_steps 2 --train_batch_size 2 --num_inference_steps 10 --pool_size 1 --num_validation_images 1"
     lines = [
         "env",
-        f"train {short} --model {sd} --prompts prompts.txt --rank 4 --output_dir lora --mixed_precision bf16",
-        f"train {short} --model {sd} --prompts prompts.txt --use_8bit_adam --output_dir full",
-        f"train {short} --model {dit} --output_dir dit --report_to tensorboard",
-        f"sample --model {sd} --negative lora/negative --prompt cat --num_inference_steps 10 --num_images 1",
-        f"merge --model {sd} --negative lora/negative --output_dir merged",
+        f"train {short} --model {models('stable_diffusion')} --prompts prompts.txt --rank 4 --output_dir lora "
+        "--mixed_precision bf16 --report_to tensorboard",
+        f"train {short} --model {models('stable_diffusion')} --prompts prompts.txt --use_8bit_adam --output_dir full",
+        f"train {short} --model {models('stable_diffusion_xl')} --rank 4 --use_8bit_adam --output_dir xl",
+        f"train {short} --model {models('cogvideox')} --rank 4 --output_dir video",
+        f"train {short} --model {models('class_conditional')} --output_dir classes",
+        f"train {short} --model {models('unconditional')} --low_vram --output_dir plain",
+        f"train {short} --model {DEMO_FOLDER} --output_dir demo",
+        f"sample --model {models('stable_diffusion')} --negative lora/negative --prompt cat --num_inference_steps 10",
+        f"sample --model {models('cogvideox')} --negative video/negative --num_inference_steps 10 --output_dir videos",
+        f"merge --model {models('stable_diffusion')} --negative lora/negative --positive full/negative --output_dir merged",
+        "evaluate --negative demo/negative --num_samples 200 --seeds 1 2 --output_dir judged",
+        "demo.base --max_train_steps 2 --output_dir base",
     ]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], input="\n".join(lines), capture_output=True, text=True, cwd=tmp_path,
+        [sys.executable, "-c", SCRIPT, str(ROOT)], input="\n".join(lines), capture_output=True, text=True, cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     said = (done.stdout + done.stderr).splitlines()
-    assert not [line for line in said if FOREIGN.search(line)]
-    assert "loading PyTorch and diffusers" in said
+    assert [line for line in said if not line.startswith("ours: ") or FOREIGN.search(line)] == []
+    for part in ("loading PyTorch and diffusers", "train: 2 of 2 steps", "written to merged", "base model: base"):
+        assert any(line.startswith(f"ours: {part}") for line in said), part

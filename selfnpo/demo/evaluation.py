@@ -90,15 +90,14 @@ def evaluate(
     def measure(arm: str, guidance_scale: float, seed: int, negative: nn.Module) -> None:
         samples = ddim_sample(base, start_noise(base, num_samples, seed), labels, guidance_scale, negative)
         values.setdefault(arm, {}).setdefault(guidance_scale, []).append(metrics(samples.cpu(), labels))
-        bar.update()
 
-    bar = progress(desc="judge", unit="set of samples")
-    for seed, models in zip(seeds, negatives, strict=True):
-        measure(NONE, 1.0, seed, base.denoiser)
-        for arm, negative in ({CFG: base.denoiser} | models).items():
-            for guidance_scale in guidance_scales:
-                measure(arm, guidance_scale, seed, negative)
-    bar.close()
+    for number, (seed, models) in enumerate(zip(seeds, negatives, strict=True), start=1):
+        arms = {CFG: base.denoiser} | models
+        todo = [(NONE, 1.0, base.denoiser)]
+        todo += [(arm, scale, negative) for arm, negative in arms.items() for scale in guidance_scales]
+        done = progress(todo, desc=f"judge, seed {number} of {len(seeds)}", unit="set", leave=False)
+        for arm, guidance_scale, negative in done:
+            measure(arm, guidance_scale, seed, negative)
     return Evaluation(values, num_samples, seeds)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfnpo.inputs.digits import Digits
+from selfnpo.output import progress
 
 K = 5
 METRICS = ("fd", "precision", "recall", "density", "coverage", "nn", "lp")
@@ -97,7 +98,8 @@ class Metrics:
 
     def __init__(self, held_out: Digits, seeds: tuple[int, ...] = (0, 1, 2)):
         self.held_out = held_out
-        self.judges = [train_judge(held_out, seed) for seed in seeds]
+        judges = progress(seeds, desc="train judges", unit="judge", leave=False)
+        self.judges = [train_judge(held_out, seed) for seed in judges]
         self.real = [judge.features(held_out.images).double() for judge in self.judges]
 
     @torch.no_grad()

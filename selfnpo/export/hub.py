@@ -1,4 +1,4 @@
-"""A trained negative on the Hugging Face hub. Whoever is logged in uploads; no token passes through the settings."""
+"""Upload a trained negative to the Hugging Face hub, as the logged-in user; the settings contain no token."""
 
 from pathlib import Path
 
@@ -9,31 +9,31 @@ from selfnpo.errors import UserError, first_line
 
 
 def create_repo(config: TrainConfig) -> str:
-    """The full id of the repository for a run's negative, made where it does not exist: before training, so that a run does
-    not end in front of a closed door.
+    """Create the repository for a run's negative if it does not exist, and return its full id. This happens before training,
+    so that missing permissions are noticed at the start.
 
     Raises:
-        UserError: the hub cannot be reached or does not let the user write there.
+        UserError: the hub cannot be reached, or the user has no write access.
     """
     name = config.hub_model_id or config.output_dir.resolve().name
     try:
         return HfApi().create_repo(name, exist_ok=True).repo_id
-    except Exception as error:  # of the hub, of the library beneath it and of the system
+    except Exception as error:  # the hub, its HTTP library and the system raise many types
         raise UserError(
             f"push_to_hub: {name} could not be created on the hub ({first_line(error)}); log in with 'hf auth login', "
-            "name a repository that is yours in --hub_model_id, or leave --push_to_hub out"
+            "pass a repository that you own as --hub_model_id, or leave --push_to_hub out"
         ) from error
 
 
 def upload(repo_id: str, folder: Path) -> str:
-    """Upload what is in `folder`; returns where it can be seen.
+    """Upload the contents of `folder`, and return their URL.
 
     Raises:
-        UserError: it could not be uploaded.
+        UserError: the upload failed.
     """
     try:
         return HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Negative model").commit_url
-    except Exception as error:  # as above
+    except Exception as error:  # the same many types
         raise UserError(
             f"the run is complete, but {folder} could not be uploaded ({first_line(error)}); try again: "
             f"hf upload {repo_id} {folder} ."

@@ -1,6 +1,7 @@
 """theta + alpha eta + beta delta, or theta - k delta, written as one model.
 
-Weights of folders and hub ids are read, mixed and written one tensor at a time; what diffusers must convert is loaded whole.
+Weights from folders and hub ids are read, mixed and written one tensor at a time. Models that diffusers must convert are
+loaded completely.
 """
 
 import json
@@ -24,10 +25,10 @@ from selfnpo.models.origin import SINGLE_FILE, find
 from selfnpo.output import progress
 
 MAX_SHARD_SIZE = "10GB"  # diffusers' default
-AS_STORED = {"F32", "F16", "BF16"}  # dtypes of weights that are read as they lie
+AS_STORED = {"F32", "F16", "BF16"}  # dtypes of weights that can be read directly
 
-Read = Callable[[str], Tensor]  # the weight of that name, in float32
-ReadTuned = Callable[[str, Tensor], Tensor]  # likewise, given the base's
+Read = Callable[[str], Tensor]  # name -> weight in float32
+ReadTuned = Callable[[str, Tensor], Tensor]  # name, base's weight -> weight in float32
 
 
 @torch.no_grad()
@@ -41,21 +42,21 @@ def merge(
     beta: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> torch.dtype:
-    """Write theta + alpha eta + beta delta as a diffusers folder of the denoiser, in place of `folder`.
+    """Write theta + alpha eta + beta delta as a diffusers folder for the denoiser, replacing `folder`.
 
     Args:
         source: theta.
         negative: theta + delta, full weights or a LoRA for theta: a folder, a hub id or a file.
         positive: theta + eta, likewise.
         beta: -k gives theta - k delta.
-        dtype: of the result; by default that of the base's files, float32 where these hold several or must be converted.
+        dtype: dtype of the result; by default that of the base's files, or float32 if they mix dtypes or must be converted.
 
     Returns:
         The dtype of the result.
 
     Raises:
-        UserError: a model cannot be read, has another architecture or weights that are inf or NaN, or the result does not
-            fit its dtype. `folder` is as before then.
+        UserError: a model cannot be read, has a different architecture or weights that are inf or NaN, or the result
+            overflows its dtype. `folder` is then left unchanged.
     """
     empty, base = source.empty_denoiser(), source.options.pretrained_model_name_or_path
     shapes = {key: tensor.shape for key, tensor in empty.state_dict().items()}
@@ -63,7 +64,7 @@ def merge(
     changed = _tuned(source, negative, shapes)
     tuned = None if positive is None else _tuned(source, positive, shapes)
     dtype = dtype or base_dtype
-    state = {key: tensor.to(dtype) for key, tensor in empty.state_dict().items()}  # without values, for sizes
+    state = {key: tensor.to(dtype) for key, tensor in empty.state_dict().items()}  # without values, only for sizes
     split = split_torch_state_dict_into_shards(
         state, filename_pattern=weights_file("{suffix}"), max_shard_size=MAX_SHARD_SIZE
     )
@@ -94,13 +95,13 @@ def merge(
 
 
 def formula(alpha: float, beta: float, has_positive: bool) -> str:
-    """What is written, such as theta + 1 eta + 0.7 delta."""
+    """The formula of the result, such as theta + 1 eta + 0.7 delta."""
     shares = [(alpha, "eta")] * has_positive + [(beta, "delta")]
     return "theta" + "".join(f" {'-' if share < 0 else '+'} {abs(share):g} {name}" for share, name in shares)
 
 
 def _base(source: Source, shapes: Mapping[str, torch.Size]) -> tuple[Read, torch.dtype]:
-    """The weights of the base, and the dtype in which they are stored."""
+    """A reader of the base's weights, and the dtype in which they are stored."""
     options = source.options
     if source.file is None and options.denoiser_name_or_path is None and options.lora_name_or_path is None:
         files, dtypes = _stored(source.layout, source.subfolder, options, shapes)
@@ -110,8 +111,8 @@ def _base(source: Source, shapes: Mapping[str, torch.Size]) -> tuple[Read, torch
 
 
 def _tuned(source: Source, name: str, shapes: Mapping[str, torch.Size]) -> ReadTuned:
-    """The weights of a fine-tune of the base: full ones, or the base's own and a LoRA's offsets."""
-    options = replace(source.options, revision=None)  # which is the base's
+    """A reader of a fine-tune's weights: full weights, or the base's weights plus a LoRA's offsets."""
+    options = replace(source.options, revision=None)  # the revision belongs to the base
     if is_lora(name, options):
         family, options = source.family, replace(options, lora_name_or_path=name)
         offsets = read_offsets(source.empty_denoiser(), family.pipeline_class, family.component, options)
@@ -120,7 +121,7 @@ def _tuned(source: Source, name: str, shapes: Mapping[str, torch.Size]) -> ReadT
     files: dict[str, Path] = {}
     if not name.endswith(SINGLE_FILE):
         subfolder = "" if find(name, "config.json", options) else source.component
-        for variant in dict.fromkeys((options.variant, None)):  # the base's, if it has it
+        for variant in dict.fromkeys((options.variant, None)):  # the base's variant, if it exists
             files = files or _stored(name, subfolder, replace(options, variant=variant), shapes)[0]
     read = _reader(files) if files else source.replacement(name, torch.float32).state_dict().__getitem__
     return lambda key, _: read(key)
@@ -129,9 +130,9 @@ def _tuned(source: Source, name: str, shapes: Mapping[str, torch.Size]) -> ReadT
 def _stored(
     origin: str, subfolder: str, options: ModelOptions, shapes: Mapping[str, torch.Size]
 ) -> tuple[dict[str, Path], set[str]]:
-    """The file of every weight and the dtypes in them; no files unless they hold these weights, by these names, alone.
+    """The file of every weight, and their dtypes. Returns no files unless they contain exactly the weights in `shapes`.
 
-    What differs, as files of older versions of diffusers do, is left to diffusers to load, or to refuse.
+    Diffusers loads or refuses everything else, such as files from its older versions.
     """
     found: dict[str, Path] = {}
     got, dtypes = {}, set()
@@ -149,7 +150,7 @@ def _stored(
 
 
 def _weight_files(origin: str, subfolder: str, options: ModelOptions) -> list[Path]:
-    """The safetensors files of a denoiser; those that exist."""
+    """The existing safetensors files of a denoiser."""
     where, variant = f"{subfolder}/".lstrip("/"), f".{options.variant}" if options.variant else ""
     index = find(origin, where + SAFE_WEIGHTS_INDEX_NAME.removesuffix(".json") + f"{variant}.json", options)
     names = {weights_file(variant)} if index is None else set(json.loads(index.read_text())["weight_map"].values())
@@ -157,12 +158,12 @@ def _weight_files(origin: str, subfolder: str, options: ModelOptions) -> list[Pa
 
 
 def weights_file(suffix: str) -> str:
-    """diffusion_pytorch_model.fp16.safetensors of .fp16."""
+    """Such as diffusion_pytorch_model.fp16.safetensors for .fp16."""
     return f"{SAFETENSORS_WEIGHTS_NAME.removesuffix(SINGLE_FILE)}{suffix}{SINGLE_FILE}"
 
 
 def _reader(files: Mapping[str, Path]) -> Read:
-    """Maps a file into memory for as long as one of its tensors is held."""
+    """A reader that maps a file into memory only while one of its tensors is in use."""
 
     def read(key: str) -> Tensor:
         with safe_open(files[key], "pt") as file:
@@ -172,21 +173,21 @@ def _reader(files: Mapping[str, Path]) -> Read:
 
 
 def _is_finite(weight: Tensor) -> bool:
-    return all(map(torch.isfinite, weight.aminmax()))  # in which a NaN shows, without a copy
+    return all(map(torch.isfinite, weight.aminmax()))  # finds NaN too, without a copy
 
 
 def _intact(weight: Tensor, key: str, name: str) -> Tensor:
     if not _is_finite(weight):
-        raise UserError(f"{name} holds weights that are inf or NaN, such as {key}; restore them from an intact copy")
+        raise UserError(f"{name} contains weights that are inf or NaN, such as {key}; restore them from an intact copy")
     return weight
 
 
 def _write(path: Path, like: Mapping[str, Tensor], metadata: dict[str, str], result: Read) -> None:
-    """A safetensors file of tensors of one dtype, one at a time.
+    """Write a safetensors file, one tensor at a time.
 
     Args:
         like: shapes and dtype, in the order of the data.
-        result: gives each tensor when its turn comes.
+        result: returns a tensor when it is needed.
     """
     with path.open("wb") as file:
         file.write(tensors_header(like, metadata))

@@ -1,4 +1,4 @@
-"""The README.md of a trained negative: what it was made from, how, at what cost, and how it is used."""
+"""The README.md of a trained negative: its base, how it was trained, the cost, and how to use it."""
 
 import shlex
 from dataclasses import dataclass, fields
@@ -17,24 +17,25 @@ from selfnpo.models.origin import SINGLE_FILE, find
 _USE = """\
 ## How to use it
 
-It is no model to sample from: it is what classifier-free guidance steers away from, in place of the base itself,
+Do not sample from this model. It replaces the base in the negative branch of classifier-free guidance, so that samples move
+away from it:
 
     {formula}
 
-This needs the Python package `selfnpo`, with which it was trained: `pip install .` in its source folder. The method is that
-of the paper [Self-NPO, arXiv 2505.11777](https://arxiv.org/abs/2505.11777).
+You need the Python package `selfnpo`, which also trained it. Install it with `pip install .` in its source folder. The
+method is described in the paper [Self-NPO, arXiv 2505.11777](https://arxiv.org/abs/2505.11777).
 
 ```
 python -m selfnpo.sample {base} --negative {negative} \\
     {prompt}--guidance_scale {scale:g} --num_images 4
 ```
 
-{diffusers}{comfyui}`--beta` weakens it (theta + beta delta), `--positive` and `--alpha` combine it with a fine-tuned
-positive model (theta + alpha eta + beta delta). The samples of its training were made with alpha = 1, beta = 1 and
+{diffusers}{comfyui}`--beta` makes it weaker (theta + beta delta). `--positive` and `--alpha` combine it with a fine-tuned
+positive model (theta + alpha eta + beta delta). The samples during training used alpha = 1, beta = 1 and
 guidance_scale = {scale:g}."""
 
 _IN_DIFFUSERS = """\
-or in a pipeline of diffusers:
+Or use it in a diffusers pipeline:
 
 ```python
 from diffusers import {pipeline}
@@ -48,18 +49,18 @@ with guide(pipe, "{negative}"):
 """
 
 _LORA_IN_COMFYUI = """\
-In ComfyUI, copy `{file}` to `models/loras`, load it with *Create Hook LoRA (MO)*, and put *Cond Set Props* with those
-hooks behind the negative prompt; *Load LoRA* would change both branches.
+In ComfyUI, copy `{file}` to `models/loras` and load it with *Create Hook LoRA (MO)*. Connect these hooks to *Cond Set Props*
+after the negative prompt. Do not use *Load LoRA*, which would change both branches.
 
 """
 
 _MODEL_IN_COMFYUI = """\
-In ComfyUI, copy `diffusion_pytorch_model.safetensors` to `models/diffusion_models`, load it with *Load Diffusion Model*, and
-give it to *Dual Model CFG Guider* as the negative model.
+In ComfyUI, copy `diffusion_pytorch_model.safetensors` to `models/diffusion_models` and load it with *Load Diffusion Model*.
+Connect it to *Dual Model CFG Guider* as the negative model.
 
 """
 
-_FORMULAS = {  # by what a condition is
+_FORMULAS = {  # by the kind of condition
     "prompts": 'eps_negative(x, t, "") + guidance_scale * (eps_base(x, t, prompt) - eps_negative(x, t, ""))',
     "classes": "eps_negative(x, t, no class) + guidance_scale * (eps_base(x, t, class) - eps_negative(x, t, no class))",
     "": "eps_negative(x, t) + guidance_scale * (eps_base(x, t) - eps_negative(x, t))",
@@ -68,17 +69,17 @@ _FORMULAS = {  # by what a condition is
 
 @dataclass(frozen=True)
 class Card:
-    """What is told of a negative beside its settings."""
+    """What the card contains in addition to the settings."""
 
     cost: dict[str, Any]
     status: str
-    quality: dict[str, Any] | None = None  # metrics by method and guidance scale, where samples were judged
-    picture: str | None = None  # a file beside the card
-    lora_file: str | None = None  # likewise, where it is a LoRA the file for ComfyUI, or else for diffusers
+    quality: dict[str, Any] | None = None  # metrics by method and guidance scale, if samples were judged
+    picture: str | None = None  # a file next to the card
+    lora_file: str | None = None  # for a LoRA: its file for ComfyUI, or else for diffusers
 
 
 def model_card(config: TrainConfig, source: Source, card: Card) -> str:
-    """Markdown with the metadata that the Hugging Face hub reads."""
+    """Markdown, with the metadata that the Hugging Face hub reads."""
     base, family = config.pretrained_model_name_or_path, source.family
     scale = config.validation_guidance_scale or family.guidance_scale
     negative = config.hub_model_id if config.push_to_hub else config.output_dir / "negative"
@@ -89,9 +90,9 @@ def model_card(config: TrainConfig, source: Source, card: Card) -> str:
     sections = (
         f"---\n{_metadata(config, source, licence, card.lora_file is not None).to_yaml()}\n---",
         f"# Self-NPO negative for {source.name if source.is_demo else base}",
-        f"A negative model for `{base}`, fine-tuned on truncated rollouts of the model itself: without data beyond those "
-        "that the settings name, and without a reward.",
-        card.picture and f"![Samples with plain guidance and with this negative, from equal noise]({card.picture})",
+        f"A negative model for `{base}`, fine-tuned on the model's own truncated rollouts. It uses no reward model, and no "
+        "data except those listed in the settings.",
+        card.picture and f"![Samples with plain guidance and with this negative, from the same noise]({card.picture})",
         _USE.format(
             formula=_FORMULAS[conditions],
             base=_base(config),
@@ -101,8 +102,8 @@ def model_card(config: TrainConfig, source: Source, card: Card) -> str:
             diffusers=in_diffusers if family.takes_prompts and is_pipeline else "",
             comfyui=_in_comfyui(family, card.lora_file),
         ),
-        f"## Cost\n\nEnded: {card.status}.\n\n" + _table(card.cost),
-        "## Metrics\n\n" + (_quality(card.quality) if card.quality else "Its samples were not judged."),
+        f"## Cost\n\nStatus: {card.status}.\n\n" + _table(card.cost),
+        "## Metrics\n\n" + (_quality(card.quality) if card.quality else "The samples were not scored."),
         "## Licence\n\n" + _licence_sentence(config, licence),
         f"## Settings\n\n```yaml\n{to_yaml(config)}```\n",
     )
@@ -123,7 +124,7 @@ def _metadata(config: TrainConfig, source: Source, licence: dict[str, str], is_l
 
 
 def _licence(source: Source) -> dict[str, str]:
-    """What the base's own card says; empty where it has none, or where other weights take part in the base."""
+    """The licence in the base's own card; empty if there is none, or if other weights are part of the base."""
     options = source.options
     if source.file or source.is_demo or options.denoiser_name_or_path or options.lora_name_or_path:
         return {}
@@ -139,12 +140,13 @@ def _licence(source: Source) -> dict[str, str]:
 def _licence_sentence(config: TrainConfig, licence: dict[str, str]) -> str:
     base = config.pretrained_model_name_or_path
     if base == DEMO:
-        return "That of the package `selfnpo`, whose demo it was trained from."
+        return "The licence of the package `selfnpo`: this negative was trained from its demo."
     names = ", ".join(f"`{name}`" for name in (base, config.denoiser_name_or_path, config.lora_name_or_path) if name)
     if not licence:
-        return f"See that of {names}, from which it was made."
+        return f"See the licence of {names}, which this negative was made from."
     link = f" ({licence['license_link']})" if "license_link" in licence else ""
-    return f"That of {names}, from which it was made: {licence.get('license_name', licence['license'])}{link}."
+    name = licence.get("license_name", licence["license"])
+    return f"The licence of {names}, which this negative was made from: {name}{link}."
 
 
 def _in_comfyui(family: Family, lora_file: str | None) -> str:
@@ -154,7 +156,7 @@ def _in_comfyui(family: Family, lora_file: str | None) -> str:
 
 
 def _base(config: TrainConfig) -> str:
-    """The flags that name the same base, at the same size, to another command."""
+    """The flags with which another command uses the same base at the same size."""
     flags = {"pretrained_model_name_or_path": config.pretrained_model_name_or_path}
     for field in (*fields(ModelOptions), *fields(SampleOptions)):
         if getattr(config, field.name) != field.default:

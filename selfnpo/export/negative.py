@@ -1,4 +1,4 @@
-"""The trained negative in a folder of its own, with its model card: full weights, or a LoRA in both formats."""
+"""Save the trained negative with its model card: full weights, or a LoRA in both formats."""
 
 import shutil
 from pathlib import Path
@@ -17,8 +17,8 @@ PICTURE = "samples.png"
 
 
 def save_negative(state: TrainState, status: str) -> Path:
-    """The student in `output_dir`/negative, with a model card: a diffusers model folder, or LoRA files where diffusers reads
-    LoRAs for the family."""
+    """Save the student to `output_dir`/negative, with a model card: a diffusers model folder, or LoRA files if diffusers
+    supports LoRAs for the family."""
     folder = state.config.output_dir / "negative"
     with committed_folder(folder) as partial:
         if _lora_file(state):
@@ -30,7 +30,7 @@ def save_negative(state: TrainState, status: str) -> Path:
 
 
 def _lora_file(state: TrainState) -> str | None:
-    """The file of a LoRA, kohya's where there is one; None where a whole model is written."""
+    """Name of the LoRA file (kohya's if there is one); None if full weights are written."""
     family = state.base.family
     if not (isinstance(state.student, LoRAStudent) and hasattr(family.pipeline_class, "load_lora_weights")):
         return None
@@ -62,13 +62,13 @@ def _save_lora(folder: Path, state: TrainState) -> None:
 
 
 def card(state: TrainState, status: str, quality: dict[str, Any] | None = None, picture: str | None = None) -> str:
-    """The model card; without `quality` the samples were not judged."""
+    """The model card. Without `quality`, the samples were not judged."""
     told = Card(training_cost(state), status, quality, picture, _lora_file(state))
     return model_card(state.config, state.base.source, told)
 
 
 def add_picture(state: TrainState, status: str, picture: Path, quality: dict[str, Any] | None = None) -> None:
-    """Put a picture of samples beside the negative, and into its card, so that both go to the hub."""
+    """Add a picture of samples to the negative's folder and its card, so that both are uploaded to the hub."""
     folder = state.config.output_dir / "negative"
     with committed_file(folder / PICTURE) as partial:
         shutil.copyfile(picture, partial)

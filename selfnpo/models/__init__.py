@@ -1,6 +1,6 @@
 """Families of diffusion models behind one interface (family.py), and how they are loaded (source.py, loading.py).
 
-Names are imported when they are first used: a mistake in the settings is found with source.py alone, without PyTorch.
+Names are imported on first use, so that source.py can find mistakes in the settings without loading PyTorch.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What turns one denoiser into another, read for a denoiser that somebody else has built: whole weights or a LoRA."""
+"""Read full weights or a LoRA as a change to a denoiser that is already loaded, for example in a user's pipeline."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +15,8 @@ from selfnpo.models.lora.read import Offset, is_lora, read_offsets
 from selfnpo.options import ModelOptions
 
 Change = Mapping[str, Tensor] | Mapping[str, Offset]
-"""Weights by their names, or offsets by the paths of their layers."""
-# What load_ip_adapter puts into a UNet.
+"""Weights by name, or LoRA offsets by layer path."""
+# What load_ip_adapter adds to a UNet.
 IP_ADAPTER = ("encoder_hid_proj.", ".processor.")
 
 
@@ -27,12 +27,12 @@ def read_change(
     denoiser: ModelMixin,
     shapes: Mapping[str, torch.Size],
 ) -> Change:
-    """Weights or offsets that fit the denoiser of a pipeline.
+    """Read weights or offsets for the denoiser of a pipeline.
 
     Args:
-        change: a denoiser, or where one or a LoRA lies: a folder, a hub id or a file.
+        change: a denoiser, or the folder, hub id or file of a denoiser or LoRA.
         component: name of the denoiser in the pipeline.
-        shapes: of the denoiser's weights, by their names.
+        shapes: shapes of the denoiser's weights, by name.
 
     Raises:
         UserError: it cannot be read or belongs to another architecture.
@@ -52,10 +52,10 @@ def read_change(
         config["encoder_hid_dim_type"] = None
     reader = type(pipe)
     if not hasattr(reader, "lora_state_dict") and hasattr(kind, "load_lora_adapter"):
-        reader = StableDiffusionLoraLoaderMixin  # some pipelines around a UNet that takes LoRAs have no reader
+        reader = StableDiffusionLoraLoaderMixin  # some pipelines have a UNet that supports LoRAs, but no reader for them
     return read_offsets(empty_denoiser(kind, config), reader, component, options)
 
 
 def _own(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Without an IP-Adapter's, which stay in both branches."""
+    """Leave out an IP-Adapter's weights, which stay the same in both branches."""
     return {key: value for key, value in values.items() if not any(part in key for part in IP_ADAPTER)}

@@ -1,4 +1,4 @@
-"""Class-conditional DiT, in latent space as its authors published it, or in pixel space as the embedded demo."""
+"""Class-conditional DiT: in latent space, as published by its authors, or in pixel space, like the embedded demo."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from selfnpo.options import SampleOptions
 class ClassConditional(Family):
     name = "class-conditional"
     denoiser_class = DiTTransformer2DModel
-    former_class_names = ("Transformer2DModel",)  # which was many models in one, told apart by norm_type
+    former_class_names = ("Transformer2DModel",)  # an old class for many models, distinguished by norm_type
     pipeline_name = "DiTPipeline"
     component = "transformer"
     guidance_scale = 4.0
@@ -24,12 +24,14 @@ class ClassConditional(Family):
         return config.get("norm_type", "ada_norm_zero") == "ada_norm_zero"
 
     def check(self, config: Config) -> None:
-        """`out_channels` may be twice `in_channels`: a learned variance, which no deterministic sampler reads."""
+        """Accept `out_channels` twice `in_channels`: the extra half is a learned variance, which DDIM does not use."""
 
     def sample_shape(self, config: Config, scale: int, options: SampleOptions) -> tuple[int, ...]:
         side = config["sample_size"] * scale
         if options.size(side, side) != (side, side):
-            raise UserError(f"resolution is {options.size(side, side)}; a DiT has positions for its own size alone, {side}")
+            raise UserError(
+                f"resolution is {options.size(side, side)}; expected {side}, the only size that this DiT supports"
+            )
         return config["in_channels"], config["sample_size"], config["sample_size"]
 
     def classes(self, config: Config) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ class CogVideoX(Family):
     text_components = ("tokenizer", "text_encoder")
     guidance_scale = 6.0
     repeated_blocks = ("CogVideoXBlock",)
-    has_xformers = False  # the processor that diffusers would put in knows no joint attention with the prompt
+    has_xformers = False  # diffusers' xformers processor does not support its joint attention with the prompt
     architecture = "cogvideox"
     pipeline_tag = "text-to-video"
     presets: ClassVar = {
@@ -55,7 +55,7 @@ class CogVideoX(Family):
         return ((options.num_frames or config["sample_frames"]) - 1) // FRAMES_PER_LATENT + 1
 
     def padding(self, config: Config, options: SampleOptions) -> int:
-        return -self._latent_frames(config, options) % (config.get("patch_size_t") or 1)  # which 1.5 has
+        return -self._latent_frames(config, options) % (config.get("patch_size_t") or 1)  # only 1.5 has patch_size_t
 
     def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (config["max_text_seq_length"], config["text_embed_dim"])}
@@ -77,7 +77,7 @@ class CogVideoX(Family):
     ) -> dict[str, Tensor | tuple[Tensor, ...]]:
         if not config["use_rotary_positional_embeddings"]:
             return {}
-        # The pipeline's own method, which needs of a pipeline no more than this.
+        # The pipeline's own method, called with the only two attributes that it needs.
         pipeline = SimpleNamespace(
             vae_scale_factor_spatial=scale,
             transformer=SimpleNamespace(config=SimpleNamespace(**{"patch_size_t": None} | config)),

@@ -1,4 +1,4 @@
-"""The embedded demo: a class-conditional DiT on 8x8 digits, shipped with the package."""
+"""The embedded demo: a class-conditional DiT on 8x8 digits that comes with the package."""
 
 from pathlib import Path
 

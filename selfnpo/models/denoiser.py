@@ -1,4 +1,4 @@
-"""A denoiser alone: without weights, from disk or from the hub, or in place of another one."""
+"""Load a single denoiser: without weights, from disk or the hub, or as a replacement for another one."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -13,13 +13,15 @@ from torch import nn
 
 from selfnpo.errors import UserError, first_line
 from selfnpo.models.family import Config
+from selfnpo.models.foreign import silent
 from selfnpo.models.origin import SINGLE_FILE, find, refuse_unsafe, weight_variants, why_not_loaded
 from selfnpo.options import ModelOptions
+from selfnpo.output import lasting
 
 
 def empty_denoiser(kind: type[ModelMixin], config: Config) -> ModelMixin:
     """A denoiser without weights, on the meta device."""
-    with init_empty_weights():  # torch.device("meta") loses its effect after some uses of torch.compile
+    with init_empty_weights():  # torch.device("meta") can stop working after torch.compile was used
         model = kind.from_config(config)
     return nn.Module.to(model, "meta")
 
@@ -27,35 +29,36 @@ def empty_denoiser(kind: type[ModelMixin], config: Config) -> ModelMixin:
 def load_denoiser(
     kind: type[ModelMixin], origin: str | Path, subfolder: str, dtype: torch.dtype, options: ModelOptions, layout: str
 ) -> ModelMixin:
-    """A denoiser on the CPU.
+    """Load a denoiser on the CPU.
 
     Args:
-        origin: a diffusers folder or a hub id, whose `subfolder` holds it, or the path of a single file.
-        layout: folder or id of the base, which has the configuration of a single file in `subfolder`.
+        origin: a diffusers folder or hub id that contains the denoiser in `subfolder`, or the path of a single file.
+        layout: folder or id of the base; its `subfolder` has the configuration for a single file.
 
     Raises:
         UserError: weights are missing, corrupt or in an unsafe format.
     """
     try:
-        if isinstance(origin, Path):
-            info, model = {}, _from_single_file(kind, str(origin), subfolder, dtype, options, layout)
-        else:
-            model, info = kind.from_pretrained(
-                origin, subfolder=subfolder, revision=options.revision, variant=options.variant, torch_dtype=dtype,
-                use_safetensors=True, local_files_only=options.local_files_only, output_loading_info=True,
-                low_cpu_mem_usage=False,
-            )  # fmt: skip
+        with silent(), lasting(f"loading {'/'.join(filter(None, (str(origin), subfolder)))}"):
+            if isinstance(origin, Path):
+                info, model = {}, _from_single_file(kind, str(origin), subfolder, dtype, options, layout)
+            else:
+                model, info = kind.from_pretrained(
+                    origin, subfolder=subfolder, revision=options.revision, variant=options.variant, torch_dtype=dtype,
+                    use_safetensors=True, local_files_only=options.local_files_only, output_loading_info=True,
+                    low_cpu_mem_usage=False,
+                )  # fmt: skip
     except Exception as error:  # diffusers raises many kinds, also from the parsers beneath it
         whole = "DiffusionPipeline" if origin == layout else kind.__name__
         why = why_not_loaded(origin, subfolder, options, whole) if isinstance(origin, str) else None
-        told = f"{origin} could not be loaded as a {kind.__name__} in safetensors: {reason(error)}"
+        told = f"{origin} could not be loaded as a {kind.__name__} from safetensors: {reason(error)}"
         raise UserError(why or told) from error
     check_complete(model, str(origin))
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(problem):
             raise UserError(f"{origin} does not fit its config.json: {problem.replace('_', ' ')} such as {info[problem][0]}")
     if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-        raise UserError(f"{origin} holds weights that are inf or NaN; restore them from an intact copy")
+        raise UserError(f"{origin} contains weights that are inf or NaN; restore them from an intact copy")
     return model.eval().requires_grad_(False)
 
 
@@ -67,7 +70,7 @@ def _from_single_file(
     options: ModelOptions,
     layout: str,
 ) -> ModelMixin:
-    """A denoiser from a file, or from what is in it."""
+    """Load a denoiser from a file, or from a dictionary of its tensors."""
     return kind.from_single_file(
         file, config=layout, subfolder=subfolder, torch_dtype=dtype, local_files_only=options.local_files_only
     )
@@ -82,10 +85,10 @@ def load_replacement(
     options: ModelOptions,
     layout: str,
 ) -> ModelMixin:
-    """Another denoiser of the base's architecture: from its own folder, from the pipeline that holds it, or from a file.
+    """Load another denoiser with the base's architecture: from its own folder, from a pipeline, or from a file.
 
     Args:
-        component: its name in a pipeline.
+        component: name of the denoiser in a pipeline.
         expected: shapes of the base's weights.
 
     Raises:
@@ -106,19 +109,19 @@ def check_replacement(
     options: ModelOptions,
     layout: str,
 ) -> None:
-    """Raise a UserError where `load_replacement` would, as far as configurations and the headers of local files tell.
+    """Raise the errors of `load_replacement` that configurations and the headers of local files reveal.
 
     Args:
-        class_names: what configurations call `kind`.
+        class_names: names of `kind` in configurations.
     """
     origin, subfolder, options = _locate(kind, name, component, options)
     if isinstance(origin, Path):
-        checkpoint = _headers(origin)  # a single file's configuration is the base's
+        checkpoint = _headers(origin)  # a single file has no configuration of its own
         try:
             model = _from_single_file(kind, checkpoint, subfolder, torch.float32, options, layout)
-        except Exception as error:  # as above
+        except Exception as error:  # diffusers raises many types
             raise UserError(
-                f"{name} could not be loaded as a {kind.__name__} of the base's architecture: {reason(error)}"
+                f"{name} could not be loaded as a {kind.__name__} with the base's architecture: {reason(error)}"
             ) from error
         check_complete(model, name)
     else:
@@ -128,11 +131,11 @@ def check_replacement(
         except (OSError, ValueError) as error:
             raise UserError(f"{where} of {name} could not be read: {first_line(error)}") from error
         if config.get("_class_name") not in class_names:
-            raise UserError(f"{name} is a {config.get('_class_name')}; expected a {kind.__name__}, as the base is")
+            raise UserError(f"{name} is a {config.get('_class_name')}; expected a {kind.__name__}, like the base")
         if not weight_variants(name, subfolder, options):
             raise UserError(
                 why_not_loaded(name, subfolder, options, kind.__name__)
-                or f"{name} holds no weights; expected {kind.__name__} weights in *{SINGLE_FILE} beside {where}"
+                or f"{name} contains no weights; expected {kind.__name__} weights in a *{SINGLE_FILE} file next to {where}"
             )
         for file in (Path(name) / subfolder).glob(f"*{SINGLE_FILE}"):
             _headers(file)
@@ -143,9 +146,9 @@ def check_replacement(
 def _locate(
     kind: type[ModelMixin], name: str, component: str, options: ModelOptions
 ) -> tuple[str | Path, str, ModelOptions]:
-    """Where another denoiser lies: a file, or a folder or id and the part of it; and the options to load it with."""
+    """The origin of another denoiser (a file, folder or id), its subfolder there, and the options to load it with."""
     refuse_unsafe(name)
-    options = replace(options, revision=None)  # which is the base's
+    options = replace(options, revision=None)  # the revision belongs to the base
     if name.endswith(SINGLE_FILE):
         check_single_file(kind, Path(name))
         return Path(name), component, options
@@ -154,7 +157,7 @@ def _locate(
         subfolder = component
         if find(name, f"{subfolder}/config.json", options) is None:
             raise UserError(
-                f"{name} holds no config.json and no {subfolder}/config.json; expected a {kind.__name__} "
+                f"{name} contains neither config.json nor {subfolder}/config.json; expected a {kind.__name__} "
                 "(config.json and *.safetensors)"
             )
     if options.variant and options.variant not in weight_variants(name, subfolder, options):
@@ -163,7 +166,7 @@ def _locate(
 
 
 def _headers(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors of the shapes in a safetensors file that take no memory."""
+    """Tensors with the shapes in a safetensors file; they use no memory."""
     try:
         with safe_open(file, "pt") as opened:
             keys = opened.keys()
@@ -173,16 +176,16 @@ def _headers(file: Path) -> dict[str, torch.Tensor]:
 
 
 def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
-    """Of the weights, by their names."""
+    """Shapes of the weights, by name."""
     return {name: weight.shape for name, weight in model.named_parameters()}
 
 
 def check_same_architecture(name: str, expected: Mapping[str, torch.Size], got: Mapping[str, torch.Size]) -> None:
-    """Raise a UserError that names the first weight, in the order of names, in which a model differs from its base."""
+    """Raise a UserError if a model's weights differ in shape from its base's; it names the first that does."""
     for key in sorted(expected.keys() | got.keys()):
         if expected.get(key) != got.get(key):
             raise UserError(
-                f"{name} has another architecture than the base: {key} is {_shape(got.get(key))}, "
+                f"{name} has a different architecture than the base: {key} is {_shape(got.get(key))}, "
                 f"expected {_shape(expected.get(key))}"
             )
 
@@ -194,21 +197,21 @@ def _shape(shape: torch.Size | None) -> str:
 def check_single_file(kind: type[ModelMixin], file: Path) -> None:
     if not hasattr(kind, "from_single_file"):
         raise UserError(
-            f"{file} is a single file, which diffusers does not read for {kind.__name__}; use a diffusers folder"
+            f"{file} is a single file, but diffusers cannot load a {kind.__name__} from one; use a diffusers folder"
         )
 
 
 def check_complete(model: nn.Module, origin: str) -> None:
-    """Single files may lack weights, which diffusers then leaves without values."""
+    """Raise a UserError if weights were missing in a single file; diffusers silently leaves them without values."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise UserError(f"{origin} could not be loaded: it holds no {name}; expected a complete checkpoint")
+            raise UserError(f"{origin} could not be loaded: {name} is missing; expected a complete checkpoint")
 
 
 def reason(error: Exception) -> str:
-    """What diffusers meant; it fails to move weights of a single file that it did not find, or fails to find them."""
+    """Say what diffusers' error means. For weights missing in a single file, its own message is misleading."""
     if isinstance(error, KeyError):
-        return f"it holds no {error.args[0]}; expected a complete checkpoint of the base's architecture"
+        return f"{error.args[0]} is missing; expected a complete checkpoint with the base's architecture"
     if "meta tensor" in str(error):
-        return "it lacks weights; expected a complete checkpoint"
-    return first_line(error).partition(". If you want")[0]  # what follows is for those who call diffusers
+        return "weights are missing; expected a complete checkpoint"
+    return first_line(error).partition(". If you want")[0]  # the rest is advice for callers of diffusers

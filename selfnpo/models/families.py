@@ -1,4 +1,4 @@
-"""All families. The first one that matches a configuration is taken."""
+"""All model families. The first one that matches a configuration is used."""
 
 from selfnpo.models.class_conditional import ClassConditional
 from selfnpo.models.cogvideox import CogVideoX

@@ -1,4 +1,4 @@
-"""From a source on disk or on the hub to a model that can be asked."""
+"""Load a model from a source on disk or on the hub."""
 
 import gc
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from selfnpo.options import ModelOptions, SampleOptions
 from selfnpo.output import progress
 
 ENCODE_BATCH = 16
-SHARE_OF_DEVICE = 0.1  # of its free memory, which encoded prompts may take; beyond, they are streamed from the host
+SHARE_OF_DEVICE = 0.1  # of its free memory, for encoded prompts; larger ones are streamed from the host
 
 
 def load_pretrained(
@@ -35,19 +35,19 @@ def load_pretrained(
     weights_dtype: torch.dtype = torch.float32,
     stream_conditions: bool = False,
 ) -> PretrainedModel:
-    """A pretrained model, by default the embedded demo. Text encoders are loaded, asked once and freed before the denoiser
-    is loaded.
+    """Load a pretrained model, by default the embedded demo. Text encoders are loaded, used once and freed before the
+    denoiser is loaded.
 
     Args:
-        prompts: what the model is trained on, for families that take prompts.
-        further_prompts: conditions behind the null condition, for pictures; class numbers where a family has classes.
-        device: of samples and arithmetic; by default a GPU where there is one.
-        dtype: of the network's arithmetic.
-        weights_device, weights_dtype: of the denoiser; by default `device` and float32.
-        stream_conditions: keep the conditions on the host, in pinned memory, instead of on the device.
+        prompts: the training prompts, for families with prompts.
+        further_prompts: conditions for pictures, placed after the null condition; class numbers for families with classes.
+        device: for samples and computation; by default a GPU if there is one.
+        dtype: precision of the network's computation.
+        weights_device, weights_dtype: for the denoiser's weights; by default `device` and float32.
+        stream_conditions: keep the conditions in pinned memory on the host instead of on the device.
 
     Raises:
-        UserError: a part is missing, unreachable, corrupt or of another kind, or a size that the model cannot have.
+        UserError: a part is missing, unreachable, corrupt or of the wrong type, or the size is not supported.
     """
     source, sizes, device = Source(options or ModelOptions()), sizes or SampleOptions(), device or default_device()
     source.check_vae()
@@ -60,11 +60,11 @@ def load_pretrained(
 
 
 def check_negative(name_or_path: str | Path, source: Source) -> None:
-    """Notice mistakes in a negative, or in a positive, before anything else is loaded: by the configuration and the headers
-    of a denoiser, or by the LoRA itself, which is small. Weights that are on the hub are left there.
+    """Find mistakes in a negative or positive before anything else is loaded. Of a denoiser this reads the configuration and
+    headers. A LoRA is small, so it is read completely. Weights on the hub are not downloaded.
 
     Raises:
-        UserError: it is missing, corrupt or of another architecture.
+        UserError: it is missing or corrupt, or has a different architecture.
     """
     name, family = str(name_or_path), source.family
     options = replace(source.options, lora_name_or_path=name, revision=None)
@@ -76,16 +76,16 @@ def check_negative(name_or_path: str | Path, source: Source) -> None:
 
 
 def load_negative(name_or_path: str | Path, base: PretrainedModel) -> ModelMixin:
-    """A trained negative in float32 where the base lies: a denoiser of the base's architecture, or a LoRA merged into the
-    base; a folder, a hub id or a file.
+    """Load a trained negative from a folder, hub id or file, in float32 on the base's device: a denoiser with the base's
+    architecture, or a LoRA, which is merged into the base.
 
     Raises:
-        UserError: it is missing, corrupt or of another architecture.
+        UserError: it is missing or corrupt, or has a different architecture.
     """
     name, source, dtype = str(name_or_path), base.source, torch.float32
     options = replace(source.options, lora_name_or_path=name, lora_scale=1.0, revision=None)
     if is_lora(name, options):
-        negative = source.denoiser(dtype)  # with the base's own LoRA, on which this one was trained
+        negative = source.denoiser(dtype)  # includes the base's own LoRA, on top of which this one was trained
         merge_lora(negative, source.family.pipeline_class, source.family.component, options, dtype)
     else:
         negative = source.replacement(name, dtype)
@@ -105,13 +105,13 @@ def _conditions(
     family = source.family
     if family.takes_prompts:
         count, rows = len(prompts), _encode(source, prompts, further, device, dtype)
-        gc.collect()  # pipelines hold themselves in cycles, and text encoders may be larger than the denoiser
+        gc.collect()  # pipelines are reference cycles, and text encoders may be larger than the denoiser
         if device.type == "cuda":
             torch.cuda.empty_cache()
     else:
         if tuple(prompts) != ("",):
             raise UserError(
-                f"prompts were given, but {source.name} is a {family.name} model, which takes none; leave them out"
+                f"prompts were given, but {source.name} is a {family.name} model without prompts; leave them out"
             )
         classes = family.classes(source.config)
         count = len(next(iter(classes.values()))) - 1 if classes else 1
@@ -141,16 +141,16 @@ def _class_number(text: str, count: int, labelled: bool) -> int:
 def _encode(
     source: Source, prompts: Sequence[str], further: Sequence[str], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Rows of all prompts on the CPU: those of training, the null condition, the further ones."""
+    """Encode all prompts into rows on the CPU: the training prompts, the null condition, the further prompts."""
     family = source.family
     pipeline = source.pipeline(family.text_components, dtype)
     for name in family.text_components:
         if name.startswith("tokenizer"):
             tokenizer = getattr(pipeline, name)
             limit = family.max_tokens(tokenizer, source.config)
-            if cut := too_long([*prompts, *further], tokenizer, limit):
-                total = len(prompts) + len(further)
-                print(f"warning: {cut} of {total} prompts are longer than the {limit} tokens of {name}; cut")
+            given = [*filter(None, (*prompts, *further))]
+            if cut := too_long(given, tokenizer, limit):
+                print(f"warning: {cut} of {len(given)} prompts are longer than the {limit} tokens of {name}; cut")
     pipeline.to(device)
     found: list[dict[str, Tensor]] = []
     with progress(total=len(prompts) + 1 + len(further), desc="encode prompts", unit="prompt") as bar:
@@ -166,12 +166,14 @@ def _encode(
     for name, shape in family.condition_shapes(source.config).items():
         if rows[name].shape[1:] != shape:
             got = list(rows[name].shape[1:])
-            raise UserError(f"the text encoder of {source.name} gives {name} of {got}, the denoiser takes {list(shape)}")
+            raise UserError(
+                f"the text encoder of {source.name} returns {name} of shape {got}, but the denoiser expects {list(shape)}"
+            )
     return rows
 
 
 def too_long(prompts: Sequence[str], tokenizer: Any, max_length: int) -> int:
-    """How many prompts have more than `max_length` tokens, special ones included."""
+    """The number of prompts with more than `max_length` tokens, including special ones."""
     if not prompts:
-        return 0  # tokenizers take no empty list
+        return 0  # tokenizers reject an empty list
     return sum(len(ids) > max_length for ids in tokenizer(list(prompts), truncation=False, verbose=False).input_ids)

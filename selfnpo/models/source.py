@@ -1,13 +1,12 @@
-"""Where the parts of a model come from: a diffusers folder, a hub id, or a single file beside a configuration.
+"""Where the parts of a model come from: a diffusers folder, a hub id, or a single file with a separate configuration.
 
-No code comes with a model: weights are safetensors, classes are diffusers' own.
+No code is loaded with a model: weights are safetensors, and classes are diffusers' own.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-import sys
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +24,7 @@ from selfnpo.models.origin import (
     why_not_loaded,
 )
 from selfnpo.options import DEMO, ModelOptions, SampleOptions
+from selfnpo.output import lasting
 
 if TYPE_CHECKING:
     import torch
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 
     from selfnpo.models.family import Config, Family
 
-# The classes of the denoisers that a family here knows, so that others are refused before diffusers is imported.
+# The denoiser classes of all families. Others are refused before diffusers is imported.
 DENOISERS = (
     "CogVideoXTransformer3DModel", "DiTTransformer2DModel", "Transformer2DModel", "UNet2DConditionModel", "UNet2DModel",
 )  # fmt: skip
-ONLY_OWN = ("revision", "variant", "single_file_config", "lora_name_or_path")  # options that the demo has no use for
-NOT_THE_DEMO = "the model is the embedded demo; name yours in --pretrained_model_name_or_path, or leave it out"
+ONLY_OWN = ("revision", "variant", "single_file_config", "lora_name_or_path")  # options that the demo does not support
+NOT_THE_DEMO = "the model is the embedded demo; pass your own with --pretrained_model_name_or_path, or leave it out"
 
 
 class Source:
-    """The parts of the model that `options` name. Opening it reads configurations only.
+    """The parts of the model that `options` describe. Opening it only reads configurations.
 
     Raises:
         UserError: the model cannot be found, reached or recognised.
@@ -63,8 +63,8 @@ class Source:
             if self.file is None or options.single_file_config is not None:
                 raise
             raise UserError(
-                f"{self.file} needs the configuration of {self.name}, which could not be read; name a diffusers folder "
-                f"that has the like in --single_file_config ({error})"
+                f"{self.file} needs the configuration of {self.name}, which could not be read; pass a diffusers folder "
+                f"with such a configuration as --single_file_config ({error})"
             ) from error
         self.family = self._find_family()
         self.family.check(self.config)
@@ -75,7 +75,7 @@ class Source:
             check_single_file(self.family.denoiser_class, self.file)
 
     def _check_options(self) -> None:
-        """Refuse options that would change nothing of this model, or that the demo has no use for."""
+        """Refuse options that would have no effect on this model, or that the demo does not support."""
         options = self.options
         sizes = isinstance(options, SampleOptions)
         if self.is_demo:
@@ -85,7 +85,7 @@ class Source:
         for name, acts, why in (
             ("revision", not Path(self.layout).is_dir(), f"{self.name} is not on the hub"),
             ("variant", self.file is None or options.denoiser_name_or_path, f"{self.file} is a single file"),
-            ("single_file_config", self.file, f"{self.name} is no single file"),
+            ("single_file_config", self.file, f"{self.name} is not a single file"),
             ("lora_scale", options.lora_name_or_path, "no LoRA is merged into the base (--lora_name_or_path)"),
         ):
             value = getattr(options, name)
@@ -96,24 +96,24 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What messages call it; of a single file, where its configuration is."""
+        """Its name in messages; for a single file, the origin of its configuration."""
         return "the embedded demo" if self.is_demo else self.layout
 
     def _find_denoiser(self) -> tuple[str, str, Config]:
-        """Name in the pipeline, folder and configuration of the denoiser."""
+        """The denoiser's name in the pipeline, its folder and its configuration."""
         for component in ("unet", "transformer"):
             config = self._json(f"{component}/config.json")
             if config is not None:
                 return component, component, config
-        # Older unconditional models lie beside their model_index.json.
+        # Older unconditional models are in the same folder as model_index.json.
         index, config = self._json("model_index.json"), self._json("config.json")
         if index and config:
             for component in ("unet", "transformer"):
                 if component in index:
                     return component, "", config
         raise UserError(
-            f"{self.name} holds no unet/config.json and no transformer/config.json; expected a diffusers pipeline"
-            + (" (a UNet alone goes into --denoiser_name_or_path)" if config else "")
+            f"{self.name} contains neither unet/config.json nor transformer/config.json; expected a diffusers pipeline"
+            + (" (pass a UNet without a pipeline as --denoiser_name_or_path)" if config else "")
         )
 
     def _find_family(self) -> Family:
@@ -136,13 +136,13 @@ class Source:
     def _of_no_family(self, class_name: str) -> UserError:
         known = ", ".join(name for name in DENOISERS if name != "Transformer2DModel")  # DiTTransformer2DModel's old name
         return UserError(
-            f"{self.name} is built on {class_name}, which is of no family that can be trained here; expected {known}. "
-            "selfnpo.guide() takes more pipelines, with a negative from elsewhere: any fine-tune of the same architecture, "
+            f"{self.name} is built on {class_name}, which cannot be trained here; expected {known}. "
+            "selfnpo.guide() supports more pipelines if you have a negative: any fine-tune of the same architecture, "
             "such as an earlier or a merged checkpoint"
         )
 
     def _json(self, filename: str) -> dict[str, Any] | None:
-        """A JSON file of the layout, or None where it has no such file."""
+        """Read a JSON file of the model's layout; None if there is no such file."""
         path = find(self.layout, filename, self.options)
         try:
             return None if path is None else json.loads(path.read_text())
@@ -175,7 +175,9 @@ class Source:
         """Pixels per latent in each direction; 1 for models in pixel space."""
         config = self._json("vae/config.json")
         if config is None and self._json("vqvae/config.json") is not None:
-            raise UserError(f"{self.name} has a vqvae, which is not supported; expected a model on pixels or with a vae")
+            raise UserError(
+                f"{self.name} has a vqvae, which is not supported; expected a model with a vae, or in pixel space"
+            )
         return 1 if config is None else 2 ** (len(config["block_out_channels"]) - 1)
 
     @property
@@ -183,11 +185,11 @@ class Source:
         return self._json("vae/config.json") is not None
 
     def check_vae(self) -> None:
-        """Raise a UserError now where pictures could not be decoded later; of the hub it is assumed that they can."""
+        """Raise a UserError early if the VAE's weights are missing locally. On the hub they are assumed to exist."""
         is_here = self.file is None and (Path(self.layout).is_dir() or offline(self.options))
         if is_here and self.has_vae and not weight_variants(self.layout, "vae", self.options):
             why = why_not_loaded(self.layout, "vae", self.options, "DiffusionPipeline")
-            raise UserError(why or f"{self.name} holds no weights of its vae; expected a complete pipeline")
+            raise UserError(why or f"{self.name} contains no weights for its vae; expected a complete pipeline")
 
     def vae(self) -> ModelMixin | None:
         """The autoencoder in float32, or None for models in pixel space."""
@@ -207,7 +209,7 @@ class Source:
         """The base's denoiser on the CPU, with its replacement and LoRA applied, in evaluation mode.
 
         Raises:
-            UserError: weights are missing, corrupt, in an unsafe format or of another architecture.
+            UserError: weights are missing, corrupt or in an unsafe format, or have a different architecture.
         """
         from selfnpo.models.denoiser import load_denoiser
         from selfnpo.models.lora.read import merge_lora
@@ -224,14 +226,14 @@ class Source:
         return model
 
     def replacement(self, name: str, dtype: torch.dtype) -> ModelMixin:
-        """Another denoiser of the base's architecture: from its own folder, or from the pipeline that holds it."""
+        """Load another denoiser with the base's architecture: from its own folder, or from a pipeline."""
         from selfnpo.models.denoiser import load_replacement, shapes_of
 
         kind, expected = self.family.denoiser_class, shapes_of(self.empty_denoiser())
         return load_replacement(kind, name, self.component, expected, dtype, self.options, self.layout)
 
     def check_replacement(self, name: str) -> None:
-        """Raise a UserError for a denoiser that `replacement` would refuse, by its configuration and headers alone."""
+        """Raise a UserError for a denoiser that `replacement` would refuse. Only reads its configuration and headers."""
         from selfnpo.models.denoiser import check_replacement, shapes_of
 
         kind, expected = self.family.denoiser_class, shapes_of(self.empty_denoiser())
@@ -239,21 +241,18 @@ class Source:
         check_replacement(kind, names, name, self.component, expected, self.options, self.layout)
 
     def pipeline(self, wanted: tuple[str, ...], dtype: torch.dtype) -> DiffusionPipeline:
-        """The family's pipeline with the components in `wanted` alone, and the scheduler.
+        """The family's pipeline with only the components in `wanted` and the scheduler.
 
         Raises:
             UserError: one of them is missing or cannot be loaded.
         """
         import diffusers
-        import transformers
         from packaging.version import Version
         from torch import nn
 
         from selfnpo.models.denoiser import check_complete, reason
+        from selfnpo.models.foreign import silent
 
-        if not sys.stderr.isatty():  # where bars are in the way
-            diffusers.utils.logging.disable_progress_bar()
-            transformers.utils.logging.disable_progress_bar()
         dtype_name = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
         kind, options = self.family.pipeline_class, self.options
         expected, _ = kind._get_signature_keys(kind)
@@ -263,20 +262,22 @@ class Source:
             if index.get(name, (None, None))[0] is None:
                 raise UserError(f"{self.name} has no {name} in its model_index.json; expected a complete {kind.__name__}")
         try:
-            if self.file is not None:
-                pipeline = kind.from_single_file(
-                    str(self.file), config=self.layout, local_files_only=options.local_files_only, **{dtype_name: dtype},
-                    **left_out,
-                )  # fmt: skip
-            else:
-                pipeline = kind.from_pretrained(
-                    self.layout, revision=options.revision, variant=options.variant, use_safetensors=True,
-                    local_files_only=options.local_files_only, scheduler=self.scheduler, **{dtype_name: dtype}, **left_out,
-                )  # fmt: skip
+            with silent(), lasting(f"loading {', '.join(wanted)} of {self.name}"):
+                if self.file is not None:
+                    pipeline = kind.from_single_file(
+                        str(self.file), config=self.layout, local_files_only=options.local_files_only,
+                        **{dtype_name: dtype}, **left_out,
+                    )  # fmt: skip
+                else:
+                    pipeline = kind.from_pretrained(
+                        self.layout, revision=options.revision, variant=options.variant, use_safetensors=True,
+                        local_files_only=options.local_files_only, scheduler=self.scheduler, **{dtype_name: dtype},
+                        **left_out,
+                    )  # fmt: skip
         except Exception as error:  # as above
             parts = wanted if self.file is None else ()
             why = (why_not_loaded(self.layout, name, options, "DiffusionPipeline") for name in parts)
-            told = f"{', '.join(wanted)} of {self.name} could not be loaded in safetensors: {reason(error)}"
+            told = f"{', '.join(wanted)} of {self.name} could not be loaded from safetensors: {reason(error)}"
             raise UserError(next(filter(None, why), told)) from error
         for name in wanted:
             if isinstance(part := getattr(pipeline, name), nn.Module):

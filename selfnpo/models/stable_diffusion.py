@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x and their fine-tunes: `UNet2DConditionModel` under one text encoder."""
+"""Stable Diffusion 1.x and 2.x and their fine-tunes: `UNet2DConditionModel` with one text encoder."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -10,7 +10,7 @@ from selfnpo.errors import UserError
 from selfnpo.models.family import Config, Family, image_size, multiple
 from selfnpo.options import SampleOptions
 
-# The released script's values; the defaults of the method were measured on small models only, so these keep its optimizer.
+# The released script's values. The project's own defaults were only measured on small models.
 RELEASED = {
     "max_train_steps": 1000,
     "train_batch_size": 20,
@@ -19,7 +19,7 @@ RELEASED = {
     "lr_warmup_steps": 0,
 }
 
-TEXT_WIDTH_2 = 1024  # of Stable Diffusion 2's text encoder
+TEXT_WIDTH_2 = 1024  # embedding width of Stable Diffusion 2's text encoder
 
 
 class StableDiffusion(Family):
@@ -41,8 +41,8 @@ class StableDiffusion(Family):
         for name in ("class_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type"):
             if config.get(name) is not None:
                 raise UserError(
-                    f"the UNet's {name} is {config[name]}: it is a variant that takes more inputs than a prompt (unCLIP, a "
-                    "guidance-distilled or an IP-Adapter model); train on the plain text-to-image model that it came from"
+                    f"the UNet's {name} is {config[name]}: it is a variant that needs more inputs than a prompt (unCLIP, a "
+                    "guidance-distilled or an IP-Adapter model); train on the plain text-to-image model it is based on"
                 )
 
     def sample_shape(self, config: Config, scale: int, options: SampleOptions) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ class StableDiffusionXL(StableDiffusion):
     name = "stable-diffusion-xl"
     pipeline_name = "StableDiffusionXLPipeline"
     sample_options = (*Family.sample_options, "original_size", "crops_coords_top_left", "target_size")
-    null_is_empty_prompt = False  # but zeros, by the published configuration
+    null_is_empty_prompt = False  # it is zeros in the published configuration
     text_components = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
     base_model_version = "sdxl_base_v1-0"
     guidance_scale = 5.0
@@ -42,7 +42,7 @@ class StableDiffusionXL(StableDiffusion):
     def check(self, config: Config) -> None:
         super().check(config)
         if config["projection_class_embeddings_input_dim"] == 2560:
-            raise UserError("the UNet is SDXL's refiner, which takes an aesthetic score; train on the SDXL base model")
+            raise UserError("the UNet is SDXL's refiner, which needs an aesthetic score; train on the SDXL base model")
 
     def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]

@@ -1,4 +1,4 @@
-"""Samples with guidance away from a negative model, and how they are shown.
+"""Sample with guidance away from a negative model, and show the samples.
 
 ddim     the sampler                                   decode   from latents to pixels
 sweep    many guidance scales and strengths            picture  PNG grids

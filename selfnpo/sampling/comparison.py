@@ -1,4 +1,4 @@
-"""Samples of plain guidance and of a negative, from the same noise: on one sheet, or one file per sample."""
+"""Compare plain guidance with a negative, from the same noise: on one sheet, or one file per sample."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -23,11 +23,11 @@ from selfnpo.sampling.video import SUFFIXES, save_video
 
 
 class Comparison:
-    """Samples of plain guidance and of the negative, and how they are written.
+    """Samples with plain guidance and with the negative, and how to save them.
 
     Args:
-        prompts: what is asked for, in turn; empty: every class, or nothing.
-        count: images, or videos, per method.
+        prompts: prompts or class numbers, used in turn. Empty: every class, or the empty prompt.
+        count: number of images or videos per method.
     """
 
     def __init__(self, config: SampleConfig, base: PretrainedModel, prompts: Sequence[str], count: int):
@@ -38,11 +38,11 @@ class Comparison:
         self.condition = asked[turn]
         names = prompts or [str(number) if len(asked) > 1 else "" for number in range(len(asked))]
         self.prompts = [names[number] for number in turn.tolist()]
-        self.wide = min(len(asked), 10) if len(asked) > 1 else 4  # images in a row of a panel
+        self.wide = min(len(asked), 10) if len(asked) > 1 else 4  # images per row of a panel
         self.methods = methods(base, self.condition, self.scales, config.beta)
 
     def samples(self) -> Iterator[tuple[Method, range, Tensor]]:
-        """As `sweep` has them."""
+        """Yields what `sweep` yields."""
         config, base = self.config, self.base
         negative = load_negative(config.negative, base)
         tuned = load_negative(config.positive, base) if config.positive else None
@@ -53,7 +53,7 @@ class Comparison:
         )
 
     def save_sheet(self, path: Path) -> None:
-        """All samples as one picture, or as one video."""
+        """Save all samples as one picture or one video."""
         collected: dict[Method, list[Tensor]] = {}
         for method, _, batch in self.samples():
             collected.setdefault(method, []).append(batch)
@@ -71,10 +71,10 @@ class Comparison:
             return
         images = {method: decode_samples(base, samples, vae) for method, samples in latents.items()}
         frames = len(images[plain]) // len(self.prompts)
-        caption = f"negative model: {config.negative} | equal positions start from equal noise"
+        caption = f"negative model: {config.negative} | images in the same position start from the same noise"
         text = png_text(settings)
         if frames > 1:
-            caption += f" | {frames} frames of every video"
+            caption += f" | {frames} frames from each video"
         if config.is_sweep:
             count = len(self.prompts)
             columns = frames if frames > 1 else 5 if count > 9 else math.ceil(math.sqrt(count))
@@ -88,7 +88,7 @@ class Comparison:
             save_comparison(path, panels, columns, caption, labels, text)
 
     def save_folder(self, folder: SampleFolder) -> None:
-        """One file per sample, batch by batch."""
+        """Save one file per sample, batch by batch."""
         names = folder_names((method for row in self.methods for method in row), self.config.positive is not None)
         folder.prepare(names.values(), self.prompts, self.settings())
         vae = open_vae(self.base)
@@ -97,7 +97,7 @@ class Comparison:
                 settings = {"prompt": self.prompts[number]} | self.settings(method)
                 folder.save(names[method], number, frames, settings, self.config.fps)
         folders = ", ".join(f"{name}/" for name in names.values())
-        print(f"written to {folder.folder}: {len(self.prompts)} samples each in {folders}")
+        print(f"written to {folder.folder}: {len(self.prompts)} samples in each of {folders}")
 
     @property
     def _plain_name(self) -> str:
@@ -105,7 +105,7 @@ class Comparison:
         return "the positive itself" if self.config.positive and self.methods[0][0].guidance_scale == 1 else name
 
     def settings(self, method: Method | None = None) -> dict[str, Any]:
-        """What samples are made with, in JSON's types: those of one method, or of all."""
+        """The settings of the samples as JSON types, for one method or for all."""
         config, base = self.config, self.base
         named = {"pretrained_model_name_or_path": config.pretrained_model_name_or_path}
         for field in (*fields(ModelOptions), *fields(SampleOptions)):

@@ -11,20 +11,20 @@ from selfnpo_kernels import guided_step, philox_normal
 
 
 def start_noise(base: PretrainedModel, count: int, seed: int) -> Tensor:
-    """x_T of `count` samples, the same for all methods in a comparison: `[count, ...]`."""
+    """x_T for `count` samples, the same for all methods in a comparison: `[count, ...]`."""
     return noise_of(base, torch.arange(count), seed)
 
 
 def noise_of(base: PretrainedModel, numbers: Tensor, seed: int) -> Tensor:
-    """x_T of the samples with these numbers `[B]`, which does not depend on the batch they are in: `[B, ...]`."""
+    """x_T for the samples with these numbers `[B]`, independent of how they are batched: `[B, ...]`."""
     return philox_normal((len(numbers), *base.sample_shape), seed, 0, Site.SAMPLE_NOISE, base.move(numbers))
 
 
 def plain_guidance(base: PretrainedModel, condition: Tensor, guidance_scale: float) -> tuple[float, str]:
-    """The guidance scale to sample with when there is no negative model, and a name for those samples.
+    """The guidance scale for sampling without a negative model, and a name for those samples.
 
-    If every condition `[B]` is the null condition, as in unconditional models and for most empty prompts, guidance cancels:
-    the samples are those of the base itself at any scale.
+    If every condition in `[B]` is the null condition, as in unconditional models and for most empty prompts, guidance has no
+    effect: at any scale, the samples are those of the base itself.
     """
     index = condition.unique()
     rows, null = (base.conditions.select(each, base.device) for each in (index, torch.full_like(index, base.null_condition)))
@@ -34,7 +34,7 @@ def plain_guidance(base: PretrainedModel, condition: Tensor, guidance_scale: flo
 
 
 def title(name: str, guidance_scale: float) -> str:
-    """What pictures and tables call a method."""
+    """A method's name in pictures and tables."""
     return f"{name}, no guidance" if guidance_scale == 1 else f"{name}, guidance_scale = {guidance_scale:g}"
 
 
@@ -49,12 +49,12 @@ def ddim_sample(
     num_inference_steps: int = 25,
     batch_size: int = 1000,
 ) -> Tensor:
-    """Deterministic DDIM samples `[B, ...]` from `noise` `[B, ...]` under `condition` `[B]`, a CPU tensor.
+    """Deterministic DDIM samples `[B, ...]` from `noise` `[B, ...]` for `condition` `[B]`, a CPU tensor.
 
     Args:
-        guidance_scale: w + 1; at 1 the negative model is not evaluated.
-        negative_model, positive_model: denoisers of the base's architecture; by default the base itself. With the base as
-            the negative this is plain guidance (CFG).
+        guidance_scale: w + 1. At 1 the negative model is not evaluated.
+        negative_model, positive_model: denoisers with the base's architecture; by default the base itself. With the base as
+            the negative, this is plain guidance (CFG).
         batch_size: samples per forward pass.
     """
     positive, negative = positive_model or base.denoiser, negative_model or base.denoiser

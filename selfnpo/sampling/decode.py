@@ -1,4 +1,4 @@
-"""From samples to images and videos that can be looked at."""
+"""Decode samples to images and videos."""
 
 from collections.abc import Iterator
 
@@ -9,15 +9,15 @@ from torch import Tensor
 from selfnpo.models import PretrainedModel
 from selfnpo.output import progress
 
-FRAMES = 4  # of a video, evenly spaced, in a picture
+FRAMES = 4  # evenly spaced frames that a picture shows of a video
 
 
 def decode_samples(base: PretrainedModel, samples: Tensor, vae: ModelMixin | None = None) -> Tensor:
-    """Images `[n, channels, H, W]` in [-1, 1] on the CPU; of every video a few frames, so that n exceeds the batch."""
+    """Images `[n, channels, H, W]` in [-1, 1] on the CPU. A video gives several frames, so n can exceed the batch size."""
     decoded = []
     for frames in decode_frames(base, samples, vae):
         shown = torch.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).long()
-        decoded.append(frames[shown].clone())  # what is not shown is freed
+        decoded.append(frames[shown].clone())  # frees the other frames
     return torch.cat(decoded)
 
 
@@ -29,10 +29,10 @@ def open_vae(base: PretrainedModel) -> ModelMixin | None:
 
 @torch.no_grad()
 def decode_frames(base: PretrainedModel, samples: Tensor, vae: ModelMixin | None = None) -> Iterator[Tensor]:
-    """All frames `[frames, channels, H, W]` in [-1, 1] of one sample after the other, on the CPU; an image is one frame.
+    """Yield all frames `[frames, channels, H, W]` in [-1, 1] of each sample in turn, on the CPU. An image has one frame.
 
     Args:
-        vae: from `open_vae`, to decode many batches with; by default it is loaded for this call alone.
+        vae: from `open_vae`, if there are many batches to decode; by default it is loaded for this call only.
     """
     vae = vae or open_vae(base)
     if vae is None:
@@ -46,4 +46,6 @@ def decode_frames(base: PretrainedModel, samples: Tensor, vae: ModelMixin | None
 def _decode(vae: torch.nn.Module, latent: Tensor) -> Tensor:
     if latent.ndim == 4:
         return vae.decode(latent).sample.cpu()
-    return vae.decode(latent.transpose(1, 2)).sample[0].transpose(0, 1).cpu()  # diffusers' VAEs take the channels first
+    return (
+        vae.decode(latent.transpose(1, 2)).sample[0].transpose(0, 1).cpu()
+    )  # diffusers' VAEs expect channels before frames

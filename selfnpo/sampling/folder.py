@@ -1,4 +1,4 @@
-"""One file per image or video: a folder per method, in which equal names belong together."""
+"""One file per image or video, in one folder per method; files with the same name belong together."""
 
 import json
 import re
@@ -22,7 +22,7 @@ SAMPLE = re.compile(r"(cfg|negative|base|positive)(_scale-.+)?/\d{4,}\.(png|gif|
 
 
 def folder_names(methods: Iterable[Method], has_positive: bool) -> dict[Method, str]:
-    """cfg and negative, in a sweep with their values: cfg_scale-3, negative_scale-3_beta-0.5."""
+    """Folder names: cfg and negative, or with their values in a sweep: cfg_scale-3, negative_scale-3_beta-0.5."""
     methods = list(dict.fromkeys(methods))
     is_sweep = sum(method.beta is not None for method in methods) > 1
     unguided = "positive" if has_positive else "base"
@@ -40,20 +40,20 @@ def folder_names(methods: Iterable[Method], has_positive: bool) -> dict[Method, 
 
 @dataclass(frozen=True)
 class SampleFolder:
-    """Samples `0000.png`, `0001.png`, ... in a folder per method, beside their prompts and the settings that made them.
+    """Samples `0000.png`, `0001.png`, ... in one folder per method, with their prompts and settings.
 
     Args:
-        suffix: .png, or .gif or .mp4 of videos.
+        suffix: .png, or .gif or .mp4 for videos.
     """
 
     folder: Path
     suffix: str
 
     def prepare(self, names: Iterable[str], prompts: Sequence[str], settings: Mapping[str, Any]) -> None:
-        """Remove the samples of an earlier call, and write down what will be made.
+        """Remove the samples of an earlier call, and write the prompts and settings.
 
         Args:
-            names: of the methods.
+            names: the methods' folders.
         """
         samples = [path for path in self.folder.glob("*/*") if SAMPLE.fullmatch(path.relative_to(self.folder).as_posix())]
         for path in samples:
@@ -71,7 +71,7 @@ class SampleFolder:
         return self.folder / name / f"{number:04}{self.suffix}"
 
     def save(self, name: str, number: int, frames: Tensor, settings: Mapping[str, Any], fps: int) -> None:
-        """Write one sample, frames `[n, channels, H, W]` in [-1, 1], with the settings that made it."""
+        """Write one sample, frames `[n, channels, H, W]` in [-1, 1], with its settings as metadata."""
         pixels = to_bytes(frames)
         _, height, width, _ = pixels.shape
         settings = {"image": number, "width": width, "height": height} | dict(settings)

@@ -1,4 +1,4 @@
-"""What a file says of how it was made: JSON, and the line that image viewers and ComfyUI read."""
+"""Metadata on how a file was made: JSON, and the line that image viewers and ComfyUI read."""
 
 import json
 from collections.abc import Mapping
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def png_text(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Of a contact sheet: its settings as JSON."""
+    """For a contact sheet: its settings as JSON."""
     return {"Software": "selfnpo", "selfnpo": json.dumps(settings, ensure_ascii=False)}
 
 
 def image_text(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Of a single image: its settings as JSON, and as AUTOMATIC1111 writes them, which ComfyUI and Civitai read too."""
+    """For a single image: its settings as JSON and in AUTOMATIC1111's format, which ComfyUI and Civitai read too."""
     words = {
         "Steps": settings["num_inference_steps"],
         "Sampler": "DDIM",
@@ -28,6 +28,6 @@ def image_text(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _quoted(value: Any) -> str:
-    """In quotes where the text holds what separates settings, as AUTOMATIC1111 does it."""
+    """Quote text that contains separators, as AUTOMATIC1111 does."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return json.dumps(text, ensure_ascii=False) if any(each in text for each in ",:\n") else text

@@ -1,4 +1,4 @@
-"""Contact sheets as PNG: images under titles, each with its prompt."""
+"""Contact sheets as PNG: images with their prompts, under titles."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,23 +15,23 @@ from selfnpo.sampling.text import INK, Font, draw_lines, font, line_height, wrap
 
 SMALLEST, WIDEST, TALLEST = 1200, 4096, 8192  # pixels of a sheet's images: smaller ones are enlarged, larger ones reduced
 WHITE, GRAY, FADED = (255, 255, 255), (90, 90, 90), (70, 70, 70)
-PROMPT_LINES = 2  # of a prompt below an image
+PROMPT_LINES = 2  # lines of a prompt below an image
 
 
 def to_bytes(frames: Tensor) -> Tensor:
-    """uint8 `[n, H, W, 3]` of images `[n, 1 or 3, H, W]` in [-1, 1]."""
+    """Convert images `[n, 1 or 3, H, W]` in [-1, 1] to uint8 `[n, H, W, 3]`."""
     return ((frames.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """How the images of a picture are laid out: in panels `columns` images wide, all under the same labels.
+    """The layout of a picture: panels that are `columns` images wide, all with the same labels.
 
     Args:
-        shape: of one image, (height, width).
+        shape: (height, width) of one image.
         images: number of images in a panel.
-        across, down: panels beside and below each other.
-        labels: what each sample shows; a sample is one image, or several frames in a row. Empty: nothing to say.
+        across, down: number of panels in a row and in a column.
+        labels: a label for each sample, which is one image or several frames in a row. Empty for none.
     """
 
     shape: tuple[int, int]
@@ -47,7 +47,7 @@ class Sheet:
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """(height, width) in which an image is shown: enlarged or reduced by a whole number."""
+        """(height, width) at which an image is shown: enlarged or reduced by an integer factor."""
         (height, width), wide = self.shape, self.across * self.columns
         larger = max(1, min(SMALLEST // (wide * width), TALLEST // (self.down * self.rows * height)))
         smaller = max(-(-wide * width // WIDEST), -(-self.down * self.rows * height // TALLEST))
@@ -60,7 +60,7 @@ class Sheet:
 
     @property
     def width(self) -> int:
-        """Of a panel."""
+        """Width of a panel."""
         return self.columns * (self.size[1] + self.gap) + self.gap
 
     @property
@@ -69,18 +69,18 @@ class Sheet:
 
     @property
     def frames(self) -> int:
-        """Images of one sample."""
+        """Number of images per sample."""
         return self.images // len(self.labels) if self.labels else 1
 
     @property
     def by_column(self) -> bool:
-        """Whether a label holds for a whole column."""
+        """Whether all images in a column have the same label."""
         step = self.columns // self.frames
         return all(label == self.labels[number % step] for number, label in enumerate(self.labels))
 
     @property
     def shown_labels(self) -> tuple[str, ...]:
-        """Nothing, where one label holds for all: the caption has it."""
+        """The labels to draw; empty if all are the same, because the caption then contains it."""
         return self.labels if len(set(self.labels)) > 1 else ()
 
     @cached_property
@@ -100,7 +100,7 @@ class Sheet:
         return count * line_height(self.label_font) + (self.gap if count else 0)
 
     def panel(self, images: Tensor) -> Image.Image:
-        """The images `[n, 1 or 3, H, W]` of a panel, row by row."""
+        """Draw the images `[n, 1 or 3, H, W]` of a panel, row by row."""
         height, width = self.size
         strip, head = self.strip, self.strip if self.by_column else 0
         tall = head + self.rows * (height + self.gap + (0 if head else strip)) + self.gap
@@ -119,7 +119,7 @@ class Sheet:
         return canvas
 
     def caption(self, caption: str) -> str:
-        """`caption`, with the label of all images and the size at which they are shown."""
+        """Extend `caption` with a label that all images share, and with the size if they are reduced."""
         (height, width), (tall, wide) = self.shape, self.size
         scale = f"images reduced from {width}x{height} to {wide}x{tall} pixels" if wide < width else ""
         label = f"“{self.labels[0]}”" if self.labels and self.labels[0] and not self.shown_labels else ""
@@ -127,7 +127,7 @@ class Sheet:
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Enlarged with sharp pixels, reduced smoothly."""
+    """Enlarge with sharp pixels, or reduce smoothly."""
     if image.size == size:
         return image
     return image.resize(size, Image.Resampling.NEAREST if size[0] > image.width else Image.Resampling.LANCZOS)
@@ -141,11 +141,11 @@ def save_comparison(
     labels: Sequence[str] = (),
     text: Mapping[str, str] | None = None,
 ) -> None:
-    """Panels of images under their titles, two side by side; equal positions belong together.
+    """Save panels of images under their titles, two per row. Images in the same position belong together.
 
     Args:
-        labels: what each sample shows, the same in all panels.
-        text: what the file says of itself, see metadata.py.
+        labels: a label for each sample, the same in all panels.
+        text: metadata, see metadata.py.
     """
     images = panels[0][1]
     sheet = Sheet((*images.shape[-2:],), len(images), columns, 2, -(-len(panels) // 2), tuple(labels))
@@ -163,7 +163,7 @@ def save_table(
     labels: Sequence[str] = (),
     text: Mapping[str, str] | None = None,
 ) -> None:
-    """A panel per cell, `columns` images wide, under the names of rows and columns; equal positions belong together."""
+    """Save a table with one panel per cell, `columns` images wide. Images in the same position belong together."""
     images = cells[0][0]
     sheet = Sheet((*images.shape[-2:],), len(images), columns, len(column_names), len(row_names), tuple(labels))
     names = [column_names, *[[""] * len(column_names)] * (len(row_names) - 1)]
@@ -210,7 +210,7 @@ def _title(title: str, letters: Font, width: int) -> list[str]:
 
 
 def save_png(path: Path, image: Image.Image, text: Mapping[str, str] | None = None) -> None:
-    """Write an image, whole or not at all, with `text` in its metadata."""
+    """Write an image atomically, with `text` as metadata."""
     info = PngInfo()
     for name, value in (text or {}).items():
         info.add_text(name, value)

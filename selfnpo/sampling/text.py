@@ -1,4 +1,4 @@
-"""Text in pictures: in one font on every machine, wrapped, and cut with an ellipsis where there is no room for it."""
+"""Text in pictures: the same font on every machine, wrapped, and shortened with an ellipsis if it does not fit."""
 
 import importlib.util
 from functools import cache
@@ -13,7 +13,7 @@ Font = ImageFont.FreeTypeFont
 
 @cache
 def font(size: int) -> Font:
-    """DejaVu Sans, which matplotlib brings along: Pillow's own font has Latin letters only."""
+    """DejaVu Sans, which comes with matplotlib; Pillow's own font only has Latin letters."""
     folder = Path(importlib.util.find_spec("matplotlib").origin).parent  # found, not imported
     return ImageFont.truetype(folder / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
@@ -23,11 +23,11 @@ def line_height(of: Font) -> int:
 
 
 def shorten(text: str, of: Font, width: float) -> str:
-    """`text` in one line of `width` pixels at most."""
+    """Shorten `text` to one line of at most `width` pixels."""
     text = " ".join(text.split())
     if of.getlength(text) <= width:
         return text
-    low, high = 0, len(text)  # characters that fit, that do not
+    low, high = 0, len(text)  # numbers of characters that fit, and that do not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if of.getlength(text[:middle] + ELLIPSIS) <= width else (low, middle)
@@ -35,7 +35,7 @@ def shorten(text: str, of: Font, width: float) -> str:
 
 
 def wrap(text: str, of: Font, width: float, lines: int) -> list[str]:
-    """`text` in at most `lines` lines of `width` pixels, broken between words; what is left over is cut off."""
+    """Wrap `text` between words into at most `lines` lines of `width` pixels, and cut off the rest."""
     found, words = [], text.split()
     while words and len(found) < lines - 1:
         count = next((n for n in range(len(words), 1, -1) if of.getlength(" ".join(words[:n])) <= width), 1)
@@ -47,7 +47,7 @@ def wrap(text: str, of: Font, width: float, lines: int) -> list[str]:
 def draw_lines(
     draw: ImageDraw.ImageDraw, middle: tuple[float, float], lines: list[str], of: Font, color: tuple[int, int, int] = INK
 ) -> None:
-    """Lines of text below each other, centred below the point `middle`."""
+    """Draw lines of text, centred below the point `middle`."""
     x, y = middle
     for number, line in enumerate(lines):
         draw.text((x, y + number * line_height(of)), line, fill=color, font=of, anchor="ma")

@@ -14,17 +14,17 @@ from selfnpo.sampling.text import draw_lines, font, line_height, wrap
 
 SUFFIXES = (".gif", ".mp4")
 GAP = 4  # pixels between videos
-SMALLEST = 256  # pixels that a video is wide; smaller ones are enlarged
-LARGEST = 28  # pixels, of titles
-PROMPT_LINES = 2  # above a row of videos
+SMALLEST = 256  # minimum width of a video in pixels; smaller ones are enlarged
+LARGEST = 28  # maximum font size of titles, in pixels
+PROMPT_LINES = 2  # lines of a prompt above a row of videos
 WHITE = (255, 255, 255)
 
 
 def check_video(path: Path) -> None:
-    """Raises: UserError where what writes the format is not installed."""
+    """Raises: UserError if the package that writes the format is not installed."""
     if path.suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
         raise UserError(
-            f"output is {path}, and MP4 needs the package imageio-ffmpeg; run pip install 'selfnpo[video]', or choose a "
+            f"output is {path}, but MP4 needs the package imageio-ffmpeg; run pip install 'selfnpo[video]', or choose a "
             "name that ends in .gif"
         )
 
@@ -32,13 +32,13 @@ def check_video(path: Path) -> None:
 def save_video(
     path: Path, titles: Sequence[str], panels: Sequence[list[Tensor]], fps: int, labels: Sequence[str] = (), text: str = ""
 ) -> None:
-    """Panels of videos (uint8 `[frames, H, W, 3]`) under their titles, side by side and all at once; a row per video.
+    """Save panels of videos (uint8 `[frames, H, W, 3]`) under their titles, side by side, with a row per video.
 
-    The suffix of `path` is .gif or .mp4. GIF knows durations of whole hundredths of a second.
+    The suffix of `path` is .gif or .mp4. GIF stores durations in whole hundredths of a second.
 
     Args:
-        labels: what each row shows.
-        text: a comment in the file.
+        labels: a label for each row.
+        text: a comment to store in the file.
     """
     frames = _frames(titles, panels, labels)
     first = next(frames)
@@ -70,7 +70,7 @@ def _frames(titles: Sequence[str], panels: Sequence[list[Tensor]], labels: Seque
     strip = max(map(len, prompts)) * line_height(small)
     tall = strip + height + GAP
     size = (across, head + len(panels[0]) * tall - GAP)
-    canvas = Image.new("RGB", tuple(side + side % 2 for side in size), WHITE)  # MP4 takes even sides only
+    canvas = Image.new("RGB", tuple(side + side % 2 for side in size), WHITE)  # MP4 needs even sides
     draw = ImageDraw.Draw(canvas)
     for column, lines in enumerate(heads):
         middle = (column * (width + GAP) + width // 2, (head - len(lines) * line_height(letters)) // 2)

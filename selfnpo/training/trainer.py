@@ -21,7 +21,7 @@ from selfnpo.errors import UserError, first_line, is_out_of_memory
 from selfnpo.files import write_text
 from selfnpo.inputs.data import TrainData
 from selfnpo.models import PretrainedModel
-from selfnpo.output import list_checkpoints, progress
+from selfnpo.output import lasting, list_checkpoints, progress
 from selfnpo.schedule import make_grid
 from selfnpo.training.checkpoint import load_checkpoint, load_latest
 from selfnpo.training.log import RunLog
@@ -86,7 +86,8 @@ class Trainer:
         if self.output_dir:
             write_text(self.output_dir / "config.yaml", to_yaml(config))
             self.log = RunLog(config, self.output_dir)
-        self.step.prepare()
+        with lasting("preparing the steps"):
+            self.step.prepare()
         started, ending = time.perf_counter() - state.seconds, "completed"
         with (
             _interruptible() as interrupted,

@@ -8,8 +8,8 @@ from scipy import stats
 from selfnpo.config import TrainConfig
 from selfnpo.demo.config import CFG, NONE, SEEDS, SELF_NPO
 from selfnpo.demo.evaluation import Estimate, Evaluation, evaluate
+from selfnpo.demo.experiment import fine_tune
 from selfnpo.demo.metrics import Metrics
-from selfnpo.evaluate import fine_tune
 from selfnpo.inputs.digits import halves
 
 

@@ -119,7 +119,7 @@ def test_pictures_without_memory_lose_pictures_and_no_run(models, tmp_path, caps
     assert (tmp_path / "out" / "negative" / "diffusion_pytorch_model.safetensors").is_file()
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["status"] == "completed"
     assert (tmp_path / "out" / "checkpoint-4").is_dir()
-    assert "plain samples beside" not in said.out
+    assert "samples with plain and with negative guidance" not in said.out
 
 
 def test_metrics_record_the_cost(models, tmp_path, capsys):

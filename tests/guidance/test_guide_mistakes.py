@@ -68,17 +68,18 @@ def test_force_allows_more(pipe):
 def test_other_architectures(refused, pipe, tmp_path, models):
     wider = UNet2DConditionModel.from_config({**pipe.unet.config, "cross_attention_dim": 48})
     first = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight is [16, 48], expected [16, 32]"
-    refused(wider, f"the UNet2DConditionModel has another architecture than the base: {first}")
+    refused(wider, f"the UNet2DConditionModel has a different architecture than the base: {first}")
     wider.save_pretrained(tmp_path / "wider")
-    refused(tmp_path / "wider", f"wider has another architecture than the base: {first}")
+    refused(tmp_path / "wider", f"wider has a different architecture than the base: {first}")
     refused(
-        load(models("stable_diffusion_xl")).unet, "has another architecture than the base: add_embedding.linear_1.bias is"
+        load(models("stable_diffusion_xl")).unet,
+        "has a different architecture than the base: add_embedding.linear_1.bias is",
     )
-    refused(models("cogvideox"), "holds no config.json and no unet/config.json")
+    refused(models("cogvideox"), "contains neither config.json nor unet/config.json")
 
 
 def test_what_is_not_there(refused, tmp_path):
-    refused("nobody/nothing", "nobody/nothing is no folder here and could not be fetched from the hub")
+    refused("nobody/nothing", "nobody/nothing was not found locally or on the hub")
     refused(tmp_path / "absent.safetensors", "absent.safetensors does not exist; expected a .safetensors file, a folder or")
     (tmp_path / "broken.safetensors").write_bytes(b"broken")
     refused(tmp_path / "broken.safetensors", "broken.safetensors could not be read as safetensors")
@@ -92,10 +93,10 @@ def test_loras_of_others(refused, pipe, tmp_path):
     refused(tmp_path / "renamed.safetensors", "renamed.safetensors is a LoRA for another base")
     infinite = {key: tensor * (torch.inf if "conv1" in key else 1) for key, tensor in lora.items()}
     save_file(infinite, tmp_path / "infinite.safetensors")
-    refused(tmp_path / "infinite.safetensors", "infinite.safetensors holds weights that are inf or NaN, such as unet.")
+    refused(tmp_path / "infinite.safetensors", "infinite.safetensors contains weights that are inf or NaN, such as unet.")
     text = {key.replace("unet.", "text_encoder."): tensor for key, tensor in lora.items()}
     save_file(text, tmp_path / "text.safetensors")
-    refused(tmp_path / "text.safetensors", "holds nothing for the unet; expected a LoRA of this family")
+    refused(tmp_path / "text.safetensors", "changes nothing in the unet; expected a LoRA for this model family")
 
 
 def test_pipelines_that_guide_otherwise(refused, pipe):
@@ -182,7 +183,7 @@ def test_dora_is_no_low_rank_offset(refused, pipe, tmp_path):
     twin.save_lora_adapter(tmp_path)
     weights = load_file(tmp_path / "pytorch_lora_weights.safetensors")
     save_file({f"unet.{key}": tensor for key, tensor in weights.items()}, tmp_path / "dora.safetensors")
-    refused(tmp_path / "dora.safetensors", "more than low-rank offsets (DoRA or biases); merge it into a model")
+    refused(tmp_path / "dora.safetensors", "more than low-rank offsets (DoRA or biases); merge it into a full model first")
 
 
 def tiny_dora():

@@ -9,7 +9,8 @@ from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, CogVideoXPipeline
 from PIL import Image
 
 from selfnpo.errors import UserError
-from selfnpo.inputs.images import encode_images, load_image, read_folder
+from selfnpo.inputs.folder import read_folder
+from selfnpo.inputs.images import encode_images, load_image
 
 
 def test_captions_from_metadata_then_from_text_files(tmp_path):

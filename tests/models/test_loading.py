@@ -130,7 +130,7 @@ def test_a_dit_as_it_was_published(models, tmp_path):
     pairs = zip(published.denoiser.parameters(), renamed.denoiser.parameters(), strict=True)
     assert all(a.equal(b) for a, b in pairs)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_type": "ada_norm_single"}))  # as of PixArt
-    with pytest.raises(UserError, match=r"of no family that can be trained here.* any fine-tune of the same architecture"):
+    with pytest.raises(UserError, match=r"which cannot be trained here.* any fine-tune of the same architecture"):
         load(folder)
 
 
@@ -257,5 +257,7 @@ def test_a_lora_is_merged_into_the_base(models, tmp_path, put_in_cache, family):
 def test_prompts_that_are_too_long_are_counted(models, capsys):
     load(models("stable_diffusion"), ["short", "long " * 40])
     assert "warning: 1 of 2 prompts are longer than the 77 tokens of tokenizer; cut" in capsys.readouterr().out
+    load_pretrained(ModelOptions(str(models("stable_diffusion"))), further_prompts=("short", "long " * 40))
+    assert "warning: 1 of 2 prompts" in capsys.readouterr().out  # the empty one is not the user's
     load(models("stable_diffusion"), ["short"])
     assert "warning" not in capsys.readouterr().out

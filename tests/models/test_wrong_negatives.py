@@ -16,22 +16,22 @@ from selfnpo.models import DEMO_FOLDER, ModelOptions, Source, check_negative
 from selfnpo.models.lora.read import LORA_FILE
 
 MISTAKES = {
-    "missing": "nowhere is no folder here and could not be fetched from the hub",
+    "missing": "nowhere was not found locally or on the hub",
     "missing.safetensors": "missing.safetensors does not exist; expected a .safetensors file",
-    "empty": "holds no config.json and no unet/config.json; expected a UNet2DConditionModel",
+    "empty": "contains neither config.json nor unet/config.json; expected a UNet2DConditionModel",
     "text.txt": "is a file that is no .safetensors",
     "pickle.ckpt": "is in a format that can run code when it is opened",
     "vae": "is a AutoencoderKL; expected a UNet2DConditionModel, as the base is",
-    "narrow": "has another architecture than the base",
-    "bare": "holds no weights; expected UNet2DConditionModel weights in *.safetensors beside config.json",
+    "narrow": "has a different architecture than the base",
+    "bare": "contains no weights; expected UNet2DConditionModel weights in a *.safetensors file next to config.json",
     "cut": "could not be read as safetensors",
     "broken-config": "config.json of ",
     "file-of-sdxl.safetensors": "could not be loaded as a UNet2DConditionModel of the base's architecture",
     "file-of-nothing.safetensors": "could not be loaded as a UNet2DConditionModel",
     "cut.safetensors": "could not be read as safetensors",
     "lora-of-sdxl": "is a LoRA for another base: it changes",
-    "lora-nan": "holds weights that are inf or NaN",
-    "lora-cut": "could not be read as a LoRA in safetensors",
+    "lora-nan": "contains weights that are inf or NaN",
+    "lora-cut": "could not be read as a LoRA from safetensors",
 }
 
 
@@ -97,7 +97,7 @@ def test_a_wrong_negative(wrong, models, tmp_path, capsys, monkeypatch, nothing_
 
 def test_a_wrong_negative_of_the_demo(wrong, tmp_path, capsys, nothing_is_loaded):
     for path, sentence in (
-        ("nowhere", "nowhere is no folder here"),
+        ("nowhere", "nowhere was not found locally or on the hub"),
         (wrong / "good", "is a UNet2DConditionModel; expected"),
     ):
         refused(capsys, sentence, "evaluate", "--negative", path, "--output_dir", tmp_path / "out")

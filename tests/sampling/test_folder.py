@@ -122,7 +122,7 @@ def test_a_folder_of_other_things_is_never_touched(write, tmp_path, capsys):
     trained.write_text("a model")
     for flags in ((), ("--overwrite",)):
         assert write("--num_images", 1, *flags) == 2
-        assert "out is not empty and holds no samples.json" in capsys.readouterr().err
+        assert "out is not empty and has no samples.json" in capsys.readouterr().err
         assert files(tmp_path) == ["negative/config.json"]
 
 

@@ -1,9 +1,12 @@
 """The lines with which a run begins."""
 
+from dataclasses import replace
+
 import pytest
 
 from commands import call
 from selfnpo.config import TrainConfig, parse_config
+from selfnpo.device import resolve
 from selfnpo.inputs.data import TrainData, read_data
 from selfnpo.models import Source
 from selfnpo.training.summary import summary
@@ -11,6 +14,7 @@ from selfnpo.training.summary import summary
 
 def lines(models, family: str, *flags: object, prompts: int = 1) -> dict[str, str]:
     config = parse_config(["--pretrained_model_name_or_path", str(models(family)), *map(str, flags)])
+    config = replace(config, mixed_precision=resolve(config.mixed_precision))
     data = TrainData([""] if prompts == 1 else [str(number) for number in range(prompts)], [], [])
     return dict(line.split(maxsplit=1) for line in summary(config, Source(config), data).splitlines())
 
@@ -70,5 +74,5 @@ def test_a_run_begins_with_them(models, tmp_path, capsys):
     model = ("--pretrained_model_name_or_path", models("unconditional"), "--output_dir", tmp_path / "out")
     assert call("train", *model, "--max_train_steps", 1, "--train_batch_size", 1, "--pool_size", 1) == 0
     said = capsys.readouterr().out
-    assert said.startswith("model      ")
+    assert said.startswith("loading PyTorch and diffusers\nmodel      ")
     assert said.index("steps      1 of 1 samples") < said.index("memory plan: ")

@@ -1,1 +1,1 @@
-"""LoRA: adapters to train (adapters), files of others (read), files of ours (write)."""
+"""LoRA: train adapters (adapters), read LoRA files (read) and write them (write)."""

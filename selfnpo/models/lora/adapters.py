@@ -1,4 +1,4 @@
-"""LoRA adapters in a denoiser: put in, found, switched."""
+"""LoRA adapters in a denoiser: add them, find them, switch them on and off."""
 
 import warnings
 from collections.abc import Iterable
@@ -10,26 +10,26 @@ from torch import nn
 
 from selfnpo.errors import UserError, first_line
 
-STUDENT, REFERENCE = "student", "reference"  # their names
+STUDENT, REFERENCE = "student", "reference"  # adapter names
 
 
 def add_lora(model: ModelMixin, lora: LoraConfig, name: str) -> dict[str, nn.Parameter]:
-    """Adapters at the layers of `model` that `lora` targets, in float32 and switched off; returns their parameters.
+    """Add float32 adapters to the layers of `model` that `lora` targets, switched off. Returns their parameters.
 
     Raises:
         UserError: no layer is targeted, or the rank is larger than a layer.
     """
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the second set is meant
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second set is intended
             inject_adapter_in_model(lora, model, name)
     except ValueError as error:
         targets = sorted(lora.target_modules)
-        raise UserError(f"lora_target_modules {targets} fit no layers: {first_line(error)}") from error
+        raise UserError(f"lora_target_modules {targets} match no layers: {first_line(error)}") from error
     for path, layer in lora_layers(model).items():
         largest = min(len(layer.weight), layer.weight[0].numel())
         if lora.r > largest:
-            raise UserError(f"rank is {lora.r}, larger than the layer {path}; expected at most {largest}")
+            raise UserError(f"rank is {lora.r}, which is too large for the layer {path}; expected at most {largest}")
         layer.enable_adapters(False)
     found = {path: parameter for path, parameter in model.named_parameters() if f".{name}." in path}
     for parameter in found.values():
@@ -42,7 +42,7 @@ def lora_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
 
 
 def switch(layers: Iterable[BaseTunerLayer], adapter: str | None) -> None:
-    """One set of adapters on, or none."""
+    """Switch one set of adapters on, or none, and the others off."""
     for layer in layers:
         if adapter is not None:
             layer.set_adapter(adapter)

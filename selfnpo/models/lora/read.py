@@ -1,4 +1,4 @@
-"""A LoRA read, in any format that diffusers reads: merged into a base, or as offsets of its layers."""
+"""Read a LoRA in any format that diffusers supports, to merge it into a base or as offsets of its layers."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ class Offset:
     scale: float
 
     def weight(self) -> Tensor:
-        """The same, added to the layer's weight: `[outputs, inputs, ...]`, in float32."""
+        """The equivalent change of the layer's weight: `[outputs, inputs, ...]`, in float32."""
         joined = self.up.float().flatten(1) @ self.down.float().flatten(1)
         return self.scale * joined.unflatten(1, self.down.shape[1:])
 
@@ -36,7 +36,7 @@ def is_lora(name: str, options: ModelOptions) -> bool:
     """Whether a folder, a hub id or a file is a LoRA.
 
     Raises:
-        UserError: it is not there, or no safetensors file.
+        UserError: it does not exist, or is not a safetensors file.
     """
     if not name.endswith(SINGLE_FILE):
         return find(name, LORA_FILE, options) is not None
@@ -63,24 +63,24 @@ def merge_lora(
     except ValueError as error:
         raise UserError(f"{options.lora_name_or_path} does not fit the base: {first_line(error)}") from error
     model.unload_lora()
-    nn.Module.to(model, dtype)  # diffusers' own `to` would warn of modules to keep in float32, of which there are none
+    nn.Module.to(model, dtype)  # diffusers' own `to` warns about modules to keep in float32; there are none
 
 
 def read_offsets(
     empty: ModelMixin, pipeline_class: type[DiffusionPipeline], component: str, options: ModelOptions
 ) -> dict[str, Offset]:
-    """The LoRA of `options` by layer: paths as of `named_modules()`.
+    """Read the LoRA of `options` as offsets by layer path, as in `named_modules()`.
 
     Args:
-        empty: the base's denoiser without weights, on the meta device; is used up.
+        empty: the base's denoiser without weights, on the meta device. It cannot be used afterwards.
         component: name of the denoiser in the pipeline.
 
     Raises:
-        UserError: the LoRA cannot be read, belongs to another base, or is more than a low-rank offset.
+        UserError: the LoRA cannot be read, belongs to another base, or contains more than low-rank offsets.
     """
     name = options.lora_name_or_path
     for layer in empty.modules():
-        for key, weight in layer.named_parameters(recurse=False):  # peft puts a LoRA where the base is
+        for key, weight in layer.named_parameters(recurse=False):  # peft creates a LoRA on the base's device
             hollow = torch.zeros((), dtype=torch.float32).expand(weight.shape)
             layer.register_parameter(key, nn.Parameter(hollow, requires_grad=False))
     _load(empty, pipeline_class, component, options)
@@ -89,13 +89,15 @@ def read_offsets(
         if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
             down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
             if layer.use_dora.get(ADAPTER) or layer.lora_bias.get(ADAPTER):
-                raise UserError(f"{name} is a LoRA with more than low-rank offsets (DoRA or biases); merge it into a model")
+                raise UserError(
+                    f"{name} contains more than low-rank offsets (DoRA or biases); merge it into a full model first"
+                )
             offsets[path] = Offset(down.weight.detach(), up.weight.detach(), float(layer.scaling[ADAPTER]))
     return offsets
 
 
 def _load(model: ModelMixin, kind: type[DiffusionPipeline], component: str, options: ModelOptions) -> None:
-    """Put a LoRA into a denoiser as a peft adapter."""
+    """Load a LoRA into a denoiser as a peft adapter."""
     name, base = options.lora_name_or_path, options.pretrained_model_name_or_path
     state_dict, alphas, metadata = read_lora(model, kind, component, options)
     ours = {key: tensor for key, tensor in state_dict.items() if key.startswith(f"{component}.")}
@@ -124,10 +126,12 @@ def read_lora(
     name, base = options.lora_name_or_path, options.pretrained_model_name_or_path
     refuse_unsafe(name)
     if not hasattr(kind, "lora_state_dict"):
-        raise UserError(f"{name} is a LoRA, but diffusers has no LoRA for {kind.__name__}; expected a whole denoiser")
+        raise UserError(
+            f"{name} is a LoRA, but diffusers does not support LoRAs for {kind.__name__}; expected a full denoiser"
+        )
     options = replace(options, revision=options.revision if name == base else None)
     known = {"unet_config": model.config} if component == "unet" else {}
-    # Without a network diffusers must be told.
+    # Without network access, diffusers needs the file name.
     if name.endswith(SINGLE_FILE):
         known["weight_name"] = Path(name).name
     elif find(name, LORA_FILE, options):
@@ -139,8 +143,8 @@ def read_lora(
         )  # fmt: skip
         state_dict, metadata = found[0], found[-1]
         alphas = found[1] if len(found) == 3 else None
-    except Exception as error:  # diffusers raises many kinds
-        raise UserError(f"{name} could not be read as a LoRA in safetensors: {first_line(error)}") from error
+    except Exception as error:  # diffusers raises many types
+        raise UserError(f"{name} could not be read as a LoRA from safetensors: {first_line(error)}") from error
     prefix = f"{component}."
     _check_lora(name, {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}, prefix, model)
     return state_dict, alphas, metadata
@@ -148,15 +152,15 @@ def read_lora(
 
 def _check_lora(name: str, state_dict: dict[str, Tensor], prefix: str, model: ModelMixin) -> None:
     if not state_dict:
-        raise UserError(f"{name} holds nothing for the {prefix.rstrip('.')}; expected a LoRA of this family")
+        raise UserError(f"{name} changes nothing in the {prefix.rstrip('.')}; expected a LoRA for this model family")
     layers = dict(model.named_modules())
     for key, tensor in state_dict.items():
         if not tensor.isfinite().all():
-            raise UserError(f"{name} holds weights that are inf or NaN, such as {key}; restore it from an intact copy")
+            raise UserError(f"{name} contains weights that are inf or NaN, such as {key}; restore it from an intact copy")
         path, _, kind = key.removeprefix(prefix).partition(".lora")
         weight = getattr(layers.get(path), "weight", None)
         if kind.startswith(("_A", ".down")) and (weight is None or weight.shape[1] != tensor.shape[1]):
-            got = "has no such layer" if weight is None else f"has {weight.shape[1]} inputs there"
+            got = "has no such layer" if weight is None else f"has {weight.shape[1]} inputs in that layer"
             raise UserError(
-                f"{name} is a LoRA for another base: it changes {path} ({tensor.shape[1]} inputs), the base {got}"
+                f"{name} is a LoRA for another base: it changes {path} ({tensor.shape[1]} inputs), but this base {got}"
             )

@@ -1,4 +1,4 @@
-"""A LoRA on disk in both formats that are in use: diffusers', and kohya's, the one that ComfyUI reads completely."""
+"""Write a LoRA in both common formats: diffusers', and kohya's, which ComfyUI reads completely."""
 
 import json
 from datetime import datetime, timezone
@@ -15,7 +15,7 @@ from selfnpo.models.lora.read import LORA_FILE
 
 
 def model_spec(architecture: str, title: str, **further: str) -> dict[str, str]:
-    """Metadata of https://github.com/Stability-AI/ModelSpec for a safetensors header."""
+    """Metadata for a safetensors header, see https://github.com/Stability-AI/ModelSpec."""
     values = {
         "sai_model_spec": "1.0.0",
         "architecture": architecture,
@@ -35,13 +35,13 @@ def save_lora(
     kohya_name: str,
     metadata: dict[str, str],
 ) -> None:
-    """Write pytorch_lora_weights.safetensors with diffusers' keys, and beside it the same weights with kohya's.
+    """Write pytorch_lora_weights.safetensors with diffusers' keys, and a second file with the same weights and kohya's keys.
 
     Args:
-        state_dict: adapters under peft's names, as of `get_peft_model_state_dict`.
+        state_dict: adapters with peft's names, as from `get_peft_model_state_dict`.
         component: "unet" or "transformer".
-        kohya_name: name of the second file; empty for none.
-        metadata: for the headers of both.
+        kohya_name: name of the second file; empty to write none.
+        metadata: for the headers of both files.
     """
     weights = {f"{component}.{name}": tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     adapter = {name: sorted(value) if isinstance(value, set) else value for name, value in lora.to_dict().items()}
@@ -49,7 +49,7 @@ def save_lora(
     save_file(weights, folder / LORA_FILE, {"format": "pt", LORA_ADAPTER_METADATA_KEY: header} | metadata)
     if kohya_name:
         renamed = convert_state_dict_to_kohya(weights)
-        alpha = torch.tensor(float(lora.lora_alpha))  # diffusers writes the rank
+        alpha = torch.tensor(float(lora.lora_alpha))  # diffusers would write the rank
         renamed = {key: alpha.clone() if key.endswith(".alpha") else tensor for key, tensor in renamed.items()}
         network = {
             "ss_network_module": "networks.lora",
