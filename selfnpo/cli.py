@@ -59,15 +59,15 @@ def _sentence(box: str, config_type: type, args: Sequence[str]) -> str:
         return _unknown(found[1], config_type)
     if found := re.search(r"Missing from .*?: (--\S+) (\S+)", text):
         return f"{found[1]} is missing; pass {found[1]} {found[2]}"
-    if not (found := re.search(r"(?:Error parsing |argument ')(--[\w/-]+)", text)):
+    if not (found := re.search(r"(?:Error parsing |argument ')(\(.*?\)|--\S+)", text)):
         return text.split(" ───")[0].removesuffix(".") + "; --help explains every flag"
-    *_, name = names = [each.removeprefix("--") for each in found[1].split("/")]  # the field's own comes last
-    got = " ".join(values_of(names, args))
-    expected = _expected(get_type_hints(config_type)[name])
+    names, hints = re.findall(r"--(\w+)", found[1]), get_type_hints(config_type)
+    name = next(each for each in names if each in hints)
+    got, expected = " ".join(_values_of(names, args)), _expected(hints[name])
     return f"{name} is {got!r}; expected {expected}" if got else f"{name} has no value; expected {expected}"
 
 
-def values_of(names: Sequence[str], args: Sequence[str]) -> list[str]:
+def _values_of(names: Sequence[str], args: Sequence[str]) -> list[str]:
     """What follows the last of some flags on a command line."""
     values: list[str] = []
     asked = False
@@ -94,7 +94,7 @@ def _expected(hint: Any) -> str:
     return {int: "a whole number", float: "a number", Path: "a path"}.get(hint, "a value")
 
 
-def flags(config_type: type) -> list[str]:
+def _flags(config_type: type) -> list[str]:
     """Every flag of a command, with its other names, without dashes."""
     found = []
     for name, hint in get_type_hints(config_type, include_extras=True).items():
@@ -108,7 +108,7 @@ def _unknown(word: str, config_type: type) -> str:
     if not word.startswith("-"):
         return f"unexpected argument '{word}'; expected flags and their values (--help lists them)"
     name = word.split("=")[0]
-    similar = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), flags(config_type), n=1)
+    similar = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), _flags(config_type), n=1)
     return nearest(f"unknown flag {name}", [f"--{each}" for each in similar], "--help lists all flags")
 
 

@@ -247,7 +247,7 @@ def test_a_file_takes_its_place_whole_or_not_at_all(tmp_path):
         ("unconditional", ["--output", "."], "output is .; expected a file name that ends in .png"),
         ("unconditional", ["--output", "/proc/x.png"], "output /proc/x.png cannot be written"),
         ("unconditional", ["--positive", "nowhere"], "nowhere was not found locally or on the hub"),
-        ("unconditional", ["--num_images", 1001], "from 1 to 1000; --output_dir takes more"),
+        ("unconditional", ["--num_images", 1001], "from 1 to 1000; pass --output_dir for more"),
         ("class_conditional", ["--prompts", "p.txt"], "prompt and prompts are both given; leave one of the two out"),
         ("unconditional", ["--prompts", "p.txt"], "prompts p.txt could not be read: No such file or directory"),
         ("unconditional", ["--output", "x.png", "--output_dir", "x"], "output and output_dir are both given"),

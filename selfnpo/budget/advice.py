@@ -1,4 +1,4 @@
-"""What to do where a run needs more memory than there is: settings that the counted plan says would fit."""
+"""Advice for a run that needs too much memory: settings that would fit according to the memory plan."""
 
 import importlib.util
 import textwrap
@@ -17,25 +17,25 @@ from selfnpo.device import free_memory, total_memory
 from selfnpo.errors import UserError, first_line, is_out_of_memory
 from selfnpo.models import Source
 
-SHARE_OF_DEVICE = 0.9  # of its memory, that a plan may take where an earlier one turned out too large
-LORA_RANK = 16  # that is advised in place of full weights
+SHARE_OF_DEVICE = 0.9  # of its memory, for a new plan after running out of memory
+LORA_RANK = 16  # suggested instead of full weights
 
 
 def shortage(plan: MemoryPlan, config: TrainConfig, source: Source, prompts: int, device: torch.device) -> str:
-    """One line that says what to do where `device` has less memory free than `plan` counts; empty where it has enough."""
+    """A line of advice if `device` has less free memory than `plan` needs; empty if it has enough."""
     free = free_memory(device)
     if plan.total <= free:
         return ""
     there = f"are free on {device}" if device.type == "cuda" else "this machine has"
     advice = _advice(config, source, prompts, device, free)
-    return f"warning: the plan is larger than the {_size(free)} that {there}; {advice}\n"
+    return f"warning: the plan needs more than the {_size(free)} that {there}; {advice}\n"
 
 
 @contextmanager
 def advised(
     config: TrainConfig, source: Source, prompts: int, device: torch.device, last_checkpoint: Callable[[], str]
 ) -> Iterator[None]:
-    """Where no more memory is found within, a UserError says what to do; see `out_of_memory`."""
+    """Turn running out of memory in the block into a UserError with advice; see `out_of_memory`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -47,36 +47,37 @@ def advised(
 def out_of_memory(
     config: TrainConfig, source: Source, prompts: int, device: torch.device, error: Exception, last_checkpoint: str
 ) -> UserError:
-    """What to tell the user of a run that found no more memory.
+    """The error for a run that ran out of memory.
 
     Args:
-        last_checkpoint: what is left of the run, such as "the last good checkpoint is runs/demo/checkpoint-250".
+        last_checkpoint: what was saved, such as "the last good checkpoint is runs/demo/checkpoint-250".
     """
-    # The plan that failed was counted too low, or others share the device: one as large is no way out.
+    # The failed plan was an underestimate, or others use the device too. So advise only smaller plans.
     failed = memory_plan(config, source, prompts, device).total
     advice = _advice(config, source, prompts, device, int(SHARE_OF_DEVICE * min(total_memory(device), failed)))
     what = textwrap.shorten(first_line(error), 150, placeholder=" ...")
     return UserError(
-        f"out of memory on {device} ({what}); by the counted plan {advice}; {last_checkpoint}; changed settings need a "
-        "run of their own in another --output_dir, for --resume_from_checkpoint latest continues with unchanged ones only"
+        f"out of memory on {device} ({what}); by the memory plan {advice}; {last_checkpoint}; use another --output_dir if "
+        "you change settings, because --resume_from_checkpoint latest needs the same ones"
     )
 
 
 def _advice(config: TrainConfig, source: Source, prompts: int, device: torch.device, free: int) -> str:
     flags, counted = settings_that_fit(config, source, prompts, device, free)
     if flags is None:
-        return f"no settings of this model fit, the smallest plan is {_size(counted)}"
+        return f"no settings for this model fit (the smallest plan needs {_size(counted)})"
     kind = "a LoRA, " if "--rank" in flags else ""
-    return f"these settings would fit: {flags} ({kind}counted {_size(counted)})"
+    return f"these settings would fit: {flags} ({kind}planned {_size(counted)})"
 
 
 def settings_that_fit(
     config: TrainConfig, source: Source, prompts: int, device: torch.device, free: int
 ) -> tuple[str | None, int]:
-    """What to change in `config`, whose own plan is too large, so that the plan takes at most `free` bytes.
+    """Find changes to `config`, whose own plan is too large, with which the plan needs at most `free` bytes.
 
     Returns:
-        The flags that cost the user least, and the bytes of their plan; or None, and the bytes of the smallest plan.
+        The flags that cost the user least, and the bytes of their plan. If nothing fits: None, and the bytes of the smallest
+        plan.
     """
 
     def counted(changes: dict[str, Any]) -> int:
@@ -87,7 +88,7 @@ def settings_that_fit(
     for savings in _savings(config, source, device):
         try:
             least = counted(savings | smallest_batch)
-        except UserError:  # the model has no layers for such a LoRA
+        except UserError:  # such a LoRA does not fit the model's layers
             continue
         smallest = min(smallest, least)
         if least <= free:
@@ -98,8 +99,8 @@ def settings_that_fit(
 
 
 def _savings(config: TrainConfig, source: Source, device: torch.device) -> list[dict[str, Any]]:
-    """Settings that save memory, without those that `config` has, by what they cost the user: time, exactness, and last
-    the full weights. A LoRA has few moments and shares its reference, so it is tried without the rest first."""
+    """Settings that save memory and that `config` does not use yet, ordered by their cost to the user: first time, then
+    precision, last full weights. A LoRA needs few moments and shares its reference, so it is tried alone first."""
     can_checkpoint = source.family.denoiser_class._supports_gradient_checkpointing
     checkpointed = config.gradient_checkpointing or config.low_vram or not can_checkpoint
     checkpointing = {} if checkpointed else {"gradient_checkpointing": True}
@@ -111,7 +112,7 @@ def _savings(config: TrainConfig, source: Source, device: torch.device) -> list[
 
 
 def _splits(config: TrainConfig) -> list[dict[str, int]]:
-    """Smaller batches, ever halved, that with accumulated gradients make the same step; first the batch as it is."""
+    """First no change, then smaller and smaller batches with gradient accumulation; the step stays the same."""
     size, total = config.train_batch_size, config.total_batch_size
     halved = [size >> times for times in range(1, size.bit_length())]
     parts = [part for part in halved if total % part == 0]

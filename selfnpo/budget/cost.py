@@ -1,7 +1,7 @@
-"""What a run costs: FLOPs counted on the meta device, the hours that they predict, and the closing lines that tell of both.
+"""The cost of a run: FLOPs counted on the meta device, predicted hours, and the closing lines that report them.
 
-FLOPs are two per multiply-add, of matrix products, convolutions and attention, with what gradient checkpointing computes
-again. Elementwise operations and the optimizer are not counted.
+A multiply-add counts as two FLOPs. Matrix products, convolutions and attention are counted, including what gradient
+checkpointing recomputes. Elementwise operations and the optimizer are not.
 """
 
 import math
@@ -18,10 +18,10 @@ from selfnpo.config import TrainConfig
 from selfnpo.models import Source
 
 PEAKS = {"A100": 312e12, "H100": 990e12, "H200": 990e12}  # FLOP/s of dense bf16 products, from the data sheets
-# Share of these that a prediction assumes: the record for a UNet in training, Stable Diffusion v2's in MLPerf Training v4.0,
-# with 127.5 samples/s on an H100, 307 TFLOP/s.
+# Fraction of these peaks that predictions assume. It is the record for training a UNet: Stable Diffusion v2 in MLPerf
+# Training v4.0, with 127.5 samples/s on an H100, 307 TFLOP/s.
 EFFICIENCY = 0.31
-FILLS_A_GPU = 1e12  # FLOPs of a step from which that can be assumed: shorter ones wait for launches
+FILLS_A_GPU = 1e12  # minimum FLOPs of a step for that assumption; smaller steps wait for kernel launches
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Flops:
 
 
 def count_flops(config: TrainConfig, source: Source) -> Flops:
-    """What the networks of a run compute, counted without weights.
+    """Count the FLOPs of a run's networks, without loading weights.
 
     Raises:
-        UserError: a size that the model cannot have, or a LoRA that does not fit its layers.
+        UserError: the model does not support the size, or a LoRA does not fit its layers.
     """
     model = source.empty_denoiser()
     shape = source.family.sample_shape(source.config, source.scale, config)
@@ -53,13 +53,13 @@ def count_flops(config: TrainConfig, source: Source) -> Flops:
 
 
 def step_flops(config: TrainConfig, flops: Flops, evaluations_per_sample: float) -> float:
-    """FLOPs of one optimizer step, with that many guided evaluations of the reference per sample."""
+    """FLOPs of one optimizer step, with this many guided evaluations of the reference per sample."""
     branches = 1 if config.rollout_guidance_scale in (0, 1) else 2
     return config.total_batch_size * (flops.training + evaluations_per_sample * branches * flops.forward)
 
 
 def cost_of_compute(device: torch.device, seconds: float, flops_done: float, peak: float | None = None) -> dict[str, float]:
-    """Hours and speed, on a GPU beside `peak`, the FLOP/s of `matmul_peak`."""
+    """Hours and speed; on a GPU also relative to `peak`, the FLOP/s from `matmul_peak`."""
     achieved = flops_done / seconds
     found = {"gpu_hours" if device.type == "cuda" else "cpu_hours": seconds / 3600, "tflops": achieved / 1e12}
     if peak is not None:
@@ -68,7 +68,7 @@ def cost_of_compute(device: torch.device, seconds: float, flops_done: float, pea
 
 
 def predicted(run_flops: float) -> dict[str, float]:
-    """Hours that a run of that many FLOPs would take on some GPUs at the assumed EFFICIENCY: predicted, not measured."""
+    """Predicted (not measured) hours for this many FLOPs on some GPUs, assuming EFFICIENCY."""
     return {gpu: run_flops / (EFFICIENCY * peak) / 3600 for gpu, peak in PEAKS.items()}
 
 
@@ -76,8 +76,8 @@ def cost_lines(cost: dict[str, Any]) -> str:
     """The closing lines of a run.
 
     Args:
-        cost: what `cost_of_compute` and `Meter.report` return, `samples_per_second`, and of a large run without a GPU
-            `predicted_gpu_hours`, which `predicted` returns.
+        cost: the results of `cost_of_compute` and `Meter.report`, `samples_per_second`, and for a large run without a GPU
+            `predicted_gpu_hours` from `predicted`.
     """
     kind = "GPU" if "gpu_hours" in cost else "CPU"
     share = ""
@@ -100,7 +100,7 @@ def cost_lines(cost: dict[str, Any]) -> str:
 
 
 def digits(value: float, count: int = 3) -> str:
-    """That many significant digits, never with an exponent."""
+    """Format with this many significant digits, never with an exponent."""
     return f"{Decimal(f'{value:.{count}g}'):f}"
 
 
@@ -113,6 +113,6 @@ def _duration(hours: float, kind: str) -> str:
 
 
 def _with_prefix(value: float, unit: str) -> str:
-    """With the prefix, from milli to tera, that leaves a number from 1 to 1000."""
+    """Format with a prefix from milli to tera, so that the number is between 1 and 1000."""
     power = min(max(math.floor(math.log10(value) / 3), -1), 4) if value else 0
     return f"{digits(value / 1000**power)} {('m', '', 'k', 'M', 'G', 'T')[power + 1]}{unit}"

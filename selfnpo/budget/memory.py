@@ -1,7 +1,7 @@
-"""What a training run will take in memory, counted on the meta device before anything is loaded.
+"""The memory that a training run needs, counted on the meta device before anything is loaded.
 
-Weights, gradients, moments and samples are exact. Activations are estimated: what the student's forward pass keeps for its
-backward pass, with attention as flash kernels do it. What libraries allocate beside them is not counted.
+Weights, gradients, moments and samples are exact. Activations are an estimate of what the student's forward pass keeps for
+its backward pass, assuming flash attention. Other allocations by libraries are not counted.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from selfnpo.training.student import is_split
 class MemoryPlan:
     parameters: int  # of the denoiser
     trainable: int
-    rows: dict[str, int]  # what is on the training device -> bytes
+    rows: dict[str, int]  # description -> bytes on the training device
 
     @property
     def total(self) -> int:
@@ -36,10 +36,10 @@ class MemoryPlan:
 
 
 def memory_plan(config: TrainConfig, source: Source, prompts: int, device: torch.device) -> MemoryPlan:
-    """What `config` needs on `device` to train with that many prompts.
+    """The memory that `config` needs on `device` to train with this many prompts.
 
     Raises:
-        UserError: a size that the model cannot have, or a LoRA that does not fit its layers.
+        UserError: the model does not support the size, or a LoRA does not fit its layers.
     """
     dtype = dtype_of(config.mixed_precision)
     model = nn.Module.to(source.empty_denoiser(), dtype)

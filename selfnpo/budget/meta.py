@@ -1,4 +1,4 @@
-"""A model on the meta device: shapes without values, to count with."""
+"""Models on the meta device: shapes without values, for counting."""
 
 import torch
 from diffusers import ModelMixin
@@ -13,10 +13,10 @@ from selfnpo.training.student import checkpoint_gradients, lora_config
 
 
 def make_trainable(config: TrainConfig, source: Source, model: ModelMixin) -> list[nn.Parameter]:
-    """Turn a model on the meta device into the student that `config` asks for; returns what is trained.
+    """Turn a model on the meta device into the student for `config`, and return the trained parameters.
 
     Raises:
-        UserError: a LoRA that does not fit its layers.
+        UserError: a LoRA does not fit the model's layers.
     """
     if config.rank:
         trainable = [*add_lora(model, lora_config(config, source.family), STUDENT).values()]
@@ -28,7 +28,7 @@ def make_trainable(config: TrainConfig, source: Source, model: ModelMixin) -> li
 
 
 def activations(config: TrainConfig, source: Source, model: ModelMixin, shape: tuple[int, ...]) -> int:
-    """Bytes that one forward pass of `model`, which lies on the meta device, keeps for its backward pass."""
+    """Bytes that one forward pass of `model`, on the meta device, keeps for its backward pass."""
     kept: dict[int, int] = {}
     weights = {id(parameter) for parameter in model.parameters()}
 
@@ -38,7 +38,7 @@ def activations(config: TrainConfig, source: Source, model: ModelMixin, shape: t
         alive.append(tensor)
         return tensor
 
-    alive: list[Tensor] = []  # so that no address is given out twice
+    alive: list[Tensor] = []  # keeps tensors alive, so that no address is used twice
     with (
         AttentionCalls(lambda query, key, value, *_, **options: _Flash.apply(query, key, value)),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
@@ -48,7 +48,7 @@ def activations(config: TrainConfig, source: Source, model: ModelMixin, shape: t
 
 
 def call_on_meta(source: Source, model: ModelMixin, shape: tuple[int, ...], batch_size: int, sizes: SampleOptions) -> Tensor:
-    """The model's output, without values, for a batch of samples and conditions of the right shapes."""
+    """Call the model on the meta device, with a batch of samples and conditions of the right shapes."""
     family, config = source.family, source.config
 
     def empty(*shape: int) -> Tensor:
@@ -63,7 +63,7 @@ def call_on_meta(source: Source, model: ModelMixin, shape: tuple[int, ...], batc
 
 
 class _Flash(torch.autograd.Function):
-    """Attention that keeps its inputs and its output, and not the attention matrix."""
+    """Attention that keeps its inputs and its output for the backward pass, but not the attention matrix."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""The demo's base model, and the command that made the weights shipped in selfnpo/demo/weights.
+"""The demo's base model, and the command that made the weights in selfnpo/demo/weights.
 
 python -m selfnpo.demo.base --output_dir selfnpo/demo/weights --overwrite
 
-A class-conditional DiT whose one patch is the whole 8x8 image: a residual network of 436 thousand parameters, deliberately
-small, so that it has visible faults as every large model has and trains in a minute on a CPU.
+A class-conditional DiT with a single patch, the whole 8x8 image: a residual network with 436 thousand parameters. It is
+deliberately small, so that it trains in a minute on a CPU and makes visible mistakes, as every large model does.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class BaseConfig:
     """Train the demo's base model on one half of the digits."""
 
     output_dir: Path
-    """Folder to write: transformer/ and scheduler/."""
+    """Folder for transformer/ and scheduler/."""
     overwrite: bool = False
     """Replace an earlier model in output_dir."""
     split: Split = "final"
-    """final: train on half A, the shipped model; development: train on half B, to choose settings with."""
+    """final: train on half A, like the packaged model. development: train on half B, for choosing settings."""
     max_train_steps: int = 3000
     """Optimizer steps."""
     seed: int = 0
@@ -42,13 +42,13 @@ class BaseConfig:
 
 
 def make_scheduler() -> DDIMScheduler:
-    from diffusers import DDIMScheduler  # as below, so that --help needs no PyTorch
+    from diffusers import DDIMScheduler  # imported here so that --help does not load PyTorch
 
     return DDIMScheduler(beta_schedule="linear", timestep_spacing="trailing", clip_sample=False)
 
 
 def train_base(split: Split, steps: int, seed: int) -> DiTTransformer2DModel:
-    """The exponential moving average after `steps` steps of ordinary denoising training with label dropout."""
+    """Train with ordinary denoising and label dropout, and return the exponential moving average of the weights."""
     import torch
     from diffusers import DiTTransformer2DModel
     from torch.nn import functional as F

@@ -1,4 +1,4 @@
-"""Other negative models of the demo, so that a gain can be told from what any weaker model would give."""
+"""Baseline negatives for the demo. They show how much any weaker model would gain as the negative."""
 
 import copy
 
@@ -13,7 +13,7 @@ from selfnpo_kernels import philox_normal
 
 
 def random_perturbation(base: ModelMixin, negative: ModelMixin, seed: int) -> ModelMixin:
-    """The base moved in a random direction, every parameter tensor as far as the fine-tuning moved it."""
+    """Move the base in a random direction, each parameter tensor as far as fine-tuning moved it."""
     perturbed = copy.deepcopy(base)
     with torch.no_grad():
         for index, (theta, trained) in enumerate(zip(perturbed.parameters(), negative.parameters(), strict=True)):
@@ -24,7 +24,7 @@ def random_perturbation(base: ModelMixin, negative: ModelMixin, seed: int) -> Mo
 
 
 class ShuffledLabels(Rollout):
-    """Ordinary diffusion training on real images under labels drawn at random: a rollout that never evaluates anything."""
+    """Ordinary diffusion training on real images with random labels: a rollout that never evaluates a model."""
 
     def __init__(self, digits: Digits, batch_size: int, seed: int, num_inference_steps: int):
         self.digits, self.seed = digits, seed

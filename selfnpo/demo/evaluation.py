@@ -1,7 +1,7 @@
-"""Paired comparison of negative models on the digits: same noise, same labels, same guidance, another negative.
+"""Paired comparison of negative models on the digits: same noise, labels and guidance, different negatives.
 
-A replicate is one seed: it fine-tunes its own negative (unless one is given) and draws its own noise and labels; all arms
-of a replicate share them. Means, differences to plain guidance and their intervals are taken over replicates.
+A replicate is one seed. It fine-tunes its own negative (unless one is given) and draws its own noise, which all its arms
+share. Means, differences from plain guidance and their intervals are computed over replicates.
 """
 
 import json
@@ -24,7 +24,7 @@ from selfnpo.sampling.ddim import ddim_sample, start_noise
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean over replicates and half the width of its 95 % interval (Student's t), which is NaN for a single replicate."""
+    """Mean over replicates, and half the width of its 95 % interval (Student's t), which is NaN for a single replicate."""
 
     mean: float
     half_width: float
@@ -36,20 +36,20 @@ class Estimate:
         return cls(sum(values) / n, float(half_width))
 
     def __format__(self, sign: str) -> str:
-        """Mean ± half width, with two significant digits of the latter; f"{difference:+}" shows a plus."""
+        """Mean ± half width, the latter with two significant digits; f"{difference:+}" shows a plus sign."""
         decimals = min(max(1 - math.floor(math.log10(self.half_width)), 0), 5) if self.half_width > 0 else 3
         mean = f"{self.mean:{sign}.{decimals}f}"
         return mean if math.isnan(self.half_width) else f"{mean} ± {self.half_width:.{decimals}f}"
 
     def holds_zero(self) -> bool:
-        """Whether the interval does, as it is printed: then the sign of the mean is not decided."""
+        """Whether the printed interval contains 0, so that the sign of the mean is undecided."""
         mean, _, half_width = f"{self}".partition(" ± ")
         return not half_width or abs(float(mean)) <= float(half_width)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """values[arm][guidance_scale] holds one dictionary of metrics per replicate."""
+    """values[arm][guidance_scale] contains one dictionary of metrics per replicate."""
 
     values: dict[str, dict[float, list[dict[str, float]]]]
     num_samples: int
@@ -81,7 +81,7 @@ def evaluate(
     """Measure every arm at every guidance scale.
 
     Args:
-        negatives: for each seed, its negative models by arm; may be a generator that trains them on demand.
+        negatives: the negative models by arm, for each seed; may be a generator that trains them on demand.
         num_samples: per arm, guidance scale and seed; labels are balanced.
     """
     labels = torch.arange(num_samples) % base.num_conditions
@@ -102,7 +102,7 @@ def evaluate(
 
 
 def load(path: Path) -> Evaluation:
-    """What `python -m selfnpo.evaluate` wrote as evaluation.json."""
+    """Load an evaluation.json from `python -m selfnpo.evaluate`."""
     content = json.loads(path.read_text())
     values = {arm: {float(scale): rows for scale, rows in found.items()} for arm, found in content["values"].items()}
     return Evaluation(values, content["num_samples"], tuple(content["seeds"]))

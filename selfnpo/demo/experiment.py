@@ -1,4 +1,4 @@
-"""An evaluation from its settings to its files: the negative models that it compares, and what it writes."""
+"""Run an evaluation: make the negative models that it compares, and write its files."""
 
 import json
 from collections.abc import Iterator
@@ -20,23 +20,23 @@ from selfnpo.inputs.digits import halves
 from selfnpo.models import DEMO, ModelOptions, PretrainedModel, Source
 from selfnpo.training.trainer import Trainer
 
-DIGITS = ("in_channels", "sample_size", "num_embeds_ada_norm")  # the configuration of a base that makes digits
+DIGITS = ("in_channels", "sample_size", "num_embeds_ada_norm")  # identify a base that makes digits
 
 
 def check_digits(source: Source) -> None:
-    """Raise a UserError for a base that makes anything else than the digits that the judges know."""
+    """Raise a UserError for a base that does not make digits like the demo's, which the judges need."""
     expected = Source(ModelOptions(DEMO))
     if source.family.name != expected.family.name or any(source.config[name] != expected.config[name] for name in DIGITS):
         name = source.options.pretrained_model_name_or_path
         raise UserError(
-            f"{name} is a {source.family.name} model that makes other images than the demo's digits, which evaluate judges; "
-            "expected the demo, or a base made with python -m selfnpo.demo.base (for other models write images with "
-            "python -m selfnpo.sample --output_dir, and score them with your own metrics)"
+            f"{name} is a {source.family.name} model that does not make the demo's digits, but evaluate only judges those; "
+            "expected the demo, or a base made with python -m selfnpo.demo.base (for other models, write images with "
+            "python -m selfnpo.sample --output_dir and score them with your own metrics)"
         )
 
 
 def negatives(config: EvaluateConfig, base: PretrainedModel, given: ModelMixin | None) -> Iterator[dict[str, ModelMixin]]:
-    """For each seed its negative models; what needs training is trained when its turn comes."""
+    """Yield the negative models for each seed, and train them when they are needed."""
     early = train_base(config.split, EARLY_STEPS, seed=0) if "early" in config.baselines else None
     digits, _ = halves(config.split)
     for seed in config.seeds:
@@ -63,7 +63,7 @@ def fine_tune(settings: TrainConfig, base: PretrainedModel, rollout: ShuffledLab
 
 
 def save(config: EvaluateConfig, evaluation: Evaluation) -> str:
-    """Write JSON, Markdown and plot; returns the Markdown."""
+    """Write JSON, Markdown and a plot, and return the Markdown."""
     output_dir = config.output_dir
     text = "\n\n".join(
         (

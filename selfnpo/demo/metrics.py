@@ -1,13 +1,13 @@
-"""How good are generated digits? Everything is judged against real digits that no diffusion model has seen.
+"""The quality of generated digits, compared with real digits that the diffusion model was not trained on.
 
-The judges are three small classifiers trained on the held-out half. Every metric but nn is computed for each judge, set
-metrics in its feature space, and averaged over the judges:
+The judges are three small classifiers, trained on the held-out half. Every metric except nn is averaged over the judges; fd
+to coverage are computed in a judge's feature space:
 
     fd          Frechet distance between Gaussian fits (Heusel et al., arXiv 1706.08500)            lower is better
     precision   generated samples inside the real k-nearest-neighbour balls (arXiv 1904.06991)       higher: faithful
     recall      real samples inside the generated balls (ibid.)                                      higher: varied
-    density     how many real balls hold a generated sample, over k (Naeem et al., arXiv 2002.09797) higher: faithful
-    coverage    real balls that hold some generated sample (ibid.)                                   higher: varied
+    density     real balls around a generated sample, divided by k (Naeem et al., arXiv 2002.09797)  higher: faithful
+    coverage    real balls that contain a generated sample (ibid.)                                   higher: varied
     nn          RMS pixel distance to the 5 nearest real digits of the requested class               lower is better
     lp          log-probability that a judge gives the requested class       higher is better
 """
@@ -33,7 +33,7 @@ HIGHER_IS_BETTER = {
 
 
 class Judge(nn.Module):
-    """A classifier of 8x8 digits; its penultimate activations are the feature space."""
+    """A classifier for 8x8 digits; its penultimate activations are the feature space."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +45,7 @@ class Judge(nn.Module):
 
 
 def train_judge(digits: Digits, seed: int, steps: int = 1500) -> Judge:
-    """Fit one judge with noise augmentation; deterministic in the seed and without a trace on the global generator."""
+    """Train one judge with noise augmentation. Deterministic given the seed; leaves the global generator unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         judge = Judge()
@@ -62,7 +62,7 @@ def train_judge(digits: Digits, seed: int, steps: int = 1500) -> Judge:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Squared 2-Wasserstein distance between Gaussian fits of two feature sets, `[n, d]` float64."""
+    """Squared 2-Wasserstein distance between Gaussian fits to two feature sets, `[n, d]` float64."""
     mean = (a.mean(0) - b.mean(0)).square().sum()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     # The eigenvalues of cov_a cov_b are those of a positive semi-definite matrix, so the trace of its root is real.
@@ -71,12 +71,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def _radii(features: Tensor) -> Tensor:
-    """Distance of every point to its K-th nearest other point."""
+    """Distance from every point to its K-th nearest neighbour."""
     return torch.cdist(features, features).kthvalue(K + 1, dim=1).values
 
 
 def compare(fake: Tensor, real: Tensor) -> dict[str, float]:
-    """The metrics of a generated and a real set in one feature space, `[n, d]` and `[m, d]` float64."""
+    """The metrics of a generated and a real set in a feature space, `[n, d]` and `[m, d]` float64."""
     distance = torch.cdist(fake, real)
     inside = distance <= _radii(real)
     return {
@@ -89,12 +89,12 @@ def compare(fake: Tensor, real: Tensor) -> dict[str, float]:
 
 
 def log_probability(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of `labels` `[n]` under `logits` `[n, 10]`: `[n]`."""
+    """Log-probability of `labels` `[n]` given `logits` `[n, 10]`: `[n]`."""
     return logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
 
 
 class Metrics:
-    """Judges and reference set of one held-out half."""
+    """The judges and the reference set for one held-out half."""
 
     def __init__(self, held_out: Digits, seeds: tuple[int, ...] = (0, 1, 2)):
         self.held_out = held_out
@@ -104,7 +104,7 @@ class Metrics:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """All metrics of generated `images` `[n, 1, 8, 8]` that were asked for `labels` `[n]`."""
+        """All metrics for `images` `[n, 1, 8, 8]`, generated for `labels` `[n]`."""
         by_judge = [
             compare(judge.features(images).double(), real) | {"lp": log_probability(judge(images), labels).mean().item()}
             for judge, real in zip(self.judges, self.real, strict=True)
@@ -113,7 +113,7 @@ class Metrics:
         return values | {"nn": self.nearest(images, labels).mean().item()}
 
     def nearest(self, images: Tensor, labels: Tensor) -> Tensor:
-        """RMS pixel distance of each image to its 5 nearest held-out digits of the requested class, averaged: `[n]`."""
+        """Mean RMS pixel distance from each image to the 5 nearest held-out digits of its requested class: `[n]`."""
         result = images.new_empty(len(images))
         for label in range(10):
             asked = labels == label

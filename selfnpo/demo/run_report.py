@@ -1,4 +1,4 @@
-"""The end of a run on the demo: its negative judged, shown and described."""
+"""The report after training on the demo: samples with the negative, their metrics and a verdict."""
 
 from typing import Any
 
@@ -18,9 +18,9 @@ from selfnpo.training.state import TrainState
 
 
 def demo_report(state: TrainState, status: str, compute: dict[str, Any]) -> str:
-    """Sample with and without the negative, judge both, and write comparison.png, report.md and the quality in metrics.json.
+    """Sample with and without the negative, judge both, and write comparison.png, report.md and metrics.json.
 
-    Returns the verdict in sentences.
+    Returns the verdict as text.
     """
     output_dir, base = state.config.output_dir, state.base
     _, held_out = halves()
@@ -35,12 +35,12 @@ def demo_report(state: TrainState, status: str, compute: dict[str, Any]) -> str:
     labels = torch.arange(60) % base.num_conditions
     noise = start_noise(base, len(labels), state.config.seed)
     real = torch.stack([held_out.images[held_out.labels == label][:6] for label in range(10)], dim=1).flatten(0, 1)
-    panels = [("real digits\nof the half that the model was not trained on", real)]
+    panels = [("real digits\nfrom the half that the model was not trained on", real)]
     for arm, scale, negative in ((NONE, 1.0, None), (CFG, 3.0, None), (SELF_NPO, 3.0, state.model)):
         title = report.panel_title(evaluation, arm, scale)
         panels.append((title, ddim_sample(base, noise, labels, scale, negative)))
     caption = (
-        "Columns ask for the digits 0 to 9. Equal positions of the generated panels start from equal noise. FD: distance to "
+        "Columns are the digits 0 to 9. Generated images in the same position start from the same noise. FD: distance to "
         "real digits, lower is better. Precision: faithfulness, recall: variety, higher is better."
     )
     save_comparison(output_dir / "comparison.png", panels, base.num_conditions, caption, [*map(str, labels.tolist())])

@@ -143,10 +143,9 @@ def _licence_sentence(config: TrainConfig, licence: dict[str, str]) -> str:
         return "The licence of the package `selfnpo`: this negative was trained from its demo."
     names = ", ".join(f"`{name}`" for name in (base, config.denoiser_name_or_path, config.lora_name_or_path) if name)
     if not licence:
-        return f"See the licence of {names}, which this negative was made from."
+        return f"See the licence of {names}, its base."
     link = f" ({licence['license_link']})" if "license_link" in licence else ""
-    name = licence.get("license_name", licence["license"])
-    return f"The licence of {names}, which this negative was made from: {name}{link}."
+    return f"The licence of {names}, its base: {licence.get('license_name', licence['license'])}{link}."
 
 
 def _in_comfyui(family: Family, lora_file: str | None) -> str:

@@ -52,8 +52,9 @@ class Family(ABC):
         """Raise a UserError for a variant of the architecture that needs more inputs than this family provides."""
         if config["in_channels"] != config["out_channels"]:
             raise UserError(
-                f"the denoiser has {config['in_channels']} input and {config['out_channels']} output channels: it is "
-                "for inpainting, editing or image-to-video; train on the text-to-image or text-to-video model it came from"
+                f"the denoiser has {config['in_channels']} input and {config['out_channels']} output channels: "
+                "it is a variant for inpainting, editing or image-to-video; train on the text-to-image or text-to-video "
+                "model that it came from"
             )
 
     def check_sample_options(self, options: SampleOptions) -> None:

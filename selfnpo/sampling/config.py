@@ -81,4 +81,4 @@ def check(config: SampleConfig) -> None:
     config.check_shares(config.beta)
     for one, other in (("prompt", "prompts"), ("output", "output_dir")):
         if all(getattr(config, name) not in (None, (), NONE) for name in (one, other)):
-            raise UserError(f"{one} and {other} are both given; leave one of them out")
+            raise UserError(f"{one} and {other} are both given; leave one of the two out")

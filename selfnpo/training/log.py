@@ -1,5 +1,5 @@
-"""The log of a run: log.jsonl, and on request TensorBoard or Weights & Biases, through the trackers of accelerate that
-diffusers' own scripts use."""
+"""The log of a run: log.jsonl and optionally TensorBoard or Weights & Biases, through accelerate's trackers, as in
+diffusers' own scripts."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,11 @@ from PIL import Image
 from selfnpo.config import TrainConfig
 from selfnpo.errors import UserError, first_line
 
-PROJECT = "selfnpo"  # of Weights & Biases
+PROJECT = "selfnpo"  # project name in Weights & Biases
 
 
 class RunLog:
-    """Open until `close`."""
+    """Stays open until `close`."""
 
     def __init__(self, config: TrainConfig, output_dir: Path):
         """
@@ -26,14 +26,14 @@ class RunLog:
         self._file = (output_dir / "log.jsonl").open("a")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Numbers of one step."""
+        """Write the metrics of one step."""
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._tracker:
             self._tracker.log({name: value for name, value in row.items() if value is not None}, step=row["step"])
 
     def picture(self, path: Path, step: int) -> None:
-        """A sample grid; log.jsonl holds none."""
+        """Log a sample grid, if there is a tracker."""
         if self._tracker:
             with Image.open(path) as image:
                 self._tracker.log_images({"samples": np.asarray(image.convert("RGB"))[None]}, step, **self._layout)
@@ -55,7 +55,7 @@ def _tracker(config: TrainConfig, output_dir: Path) -> Any:
     from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
-    PartialState(cpu=True)  # without which a tracker refuses to work; of a group of processes there is none
+    PartialState(cpu=True)  # trackers need it, although there is only one process
     if config.report_to == "tensorboard":
         tracker = TensorBoardTracker("", output_dir / config.logging_dir)
     else:
@@ -64,9 +64,9 @@ def _tracker(config: TrainConfig, output_dir: Path) -> Any:
         tracker.start()
     except OSError as error:
         raise UserError(f"logging_dir {config.logging_dir} cannot be written: {error.strerror or error}") from error
-    except Exception as error:  # wandb raises kinds of its own
+    except Exception as error:  # wandb raises its own types
         raise UserError(
-            f"report_to is {config.report_to}, which could not be started ({first_line(error)}); run wandb login, set "
+            f"report_to is {config.report_to}, but it could not be started ({first_line(error)}); run wandb login, set "
             "WANDB_MODE=offline, or leave --report_to out"
         ) from error
     return tracker

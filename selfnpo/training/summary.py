@@ -1,11 +1,11 @@
-"""What a run is about to do, in a few lines, with the values that preset, model, file and flags have come to."""
+"""A summary of a run before it starts: the values that result from preset, model, file and flags."""
 
 from selfnpo.config import TrainConfig
 from selfnpo.inputs.data import TrainData
 from selfnpo.models import Source
 
 _ROLLOUTS = {
-    "pool": "{} batches of trajectories under way, one step each in turn",
+    "pool": "{} batches of trajectories, which take turns at one step each",
     "fresh": "from noise to a random time",
     "full": "from noise to a clean sample",
     "data": "{} steps from noised images",
@@ -13,7 +13,7 @@ _ROLLOUTS = {
 
 
 def summary(config: TrainConfig, source: Source, data: TrainData) -> str:
-    """One line a part of the run: what is trained, on what, how, for how long, and where the results go."""
+    """One line per part of the run: what is trained, on what, how, for how long, and where the results go."""
     rows = {
         "model": f"{source.name} ({source.family.name}), preset {config.preset}",
         "trains": f"a LoRA of rank {config.rank}" if config.rank else "all weights",
@@ -34,7 +34,7 @@ def _conditions(source: Source, data: TrainData) -> str:
         return f"{images}{len(next(iter(classes.values()))) - 1} classes"
     if not source.family.takes_prompts:
         return f"{images}no conditions"
-    return images + ("the empty prompt alone" if data.prompts == [""] else _count(len(data.prompts), "prompt"))
+    return images + ("only the empty prompt" if data.prompts == [""] else _count(len(data.prompts), "prompt"))
 
 
 def _count(number: int, what: str) -> str:
@@ -50,7 +50,7 @@ def _rollout(config: TrainConfig) -> str:
 
 def _reference(config: TrainConfig) -> str:
     decay = config.reference_decay
-    return f"average of the student, decay {decay:g}" if decay < 1 else "the base itself, frozen"
+    return f"moving average of the student, decay {decay:g}" if decay < 1 else "the frozen base"
 
 
 def _loss(config: TrainConfig) -> str:

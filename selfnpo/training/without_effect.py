@@ -1,4 +1,4 @@
-"""Settings that would change nothing: refused, so that nobody believes in a flag that is ignored."""
+"""Refuse settings that would have no effect, so that no flag is silently ignored."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -11,8 +11,8 @@ from selfnpo.options import NONE
 
 class Rule(NamedTuple):
     names: tuple[str, ...]
-    acts: Callable[[TrainConfig, Source], Any]  # whether they change anything in such a run
-    advice: str  # what uses them, and what to do
+    acts: Callable[[TrainConfig, Source], Any]  # whether they have an effect in this run
+    advice: str  # what uses them, and how to fix it
 
 
 RULES = (
@@ -28,7 +28,7 @@ RULES = (
     Rule(
         ("lora_alpha", "lora_target_modules"),
         lambda c, _: c.rank,
-        "only a LoRA has it; add --rank, such as 16, or leave it out",
+        "only a LoRA uses it; add --rank, such as 16, or leave it out",
     ),
     Rule(
         ("lr_warmup_steps",),
@@ -38,7 +38,7 @@ RULES = (
     Rule(
         ("checkpointing_minutes",),
         lambda c, _: not c.checkpointing_steps,
-        "--checkpointing_steps takes its place; leave one of the two out",
+        "--checkpointing_steps replaces it; leave one of the two out",
     ),
     Rule(
         ("logging_dir",),
@@ -54,12 +54,12 @@ RULES = (
     Rule(
         ("validation_prompt", "num_validation_images", "validation_guidance_scale"),
         lambda c, source: c.validation_steps or not source.is_demo,
-        "the demo shows a comparison of its own at the end; add --validation_steps, such as 500, or leave it out",
+        "the demo makes its own comparison at the end; add --validation_steps, such as 500, or leave it out",
     ),
     Rule(
         ("condition_dropout", "rollout_guidance_scale"),
         lambda c, source: _has_conditions(c, source),
-        "this run has no condition but the null condition; give prompts to a model that takes them, or leave it out",
+        "this run only has the null condition; pass prompts (for a model that uses them), or leave it out",
     ),
     Rule(
         ("prompts", "prompt_dataset"),
@@ -70,7 +70,7 @@ RULES = (
 
 
 def _has_conditions(config: TrainConfig, source: Source) -> bool:
-    """Whether a condition can differ from the null condition."""
+    """Whether any condition can differ from the null condition."""
     family = source.family
     if not family.takes_prompts:
         return bool(family.classes(source.config))
@@ -79,10 +79,10 @@ def _has_conditions(config: TrainConfig, source: Source) -> bool:
 
 
 def check_effect(config: TrainConfig, source: Source) -> None:
-    """Refuse a setting that the user changed and that the run would not use.
+    """Refuse a setting that the user changed but the run would not use.
 
-    Whoever names a file gets all its lines, which an earlier run wrote with the values of its own preset: what any preset
-    says then counts as unchanged.
+    A config.yaml contains every setting of the run that wrote it, including its preset's values. So with --config, a value
+    from any preset counts as unchanged.
 
     Raises:
         UserError: for the first such setting.

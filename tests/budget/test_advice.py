@@ -1,4 +1,4 @@
-"""What a run is told that lacks memory: settings that the counted plan says would fit."""
+"""Advice for a run that needs too much memory: settings that would fit according to the memory plan."""
 
 import os
 import shlex
@@ -26,10 +26,7 @@ from selfnpo.training.trainer import Trainer
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 GIB = 1 << 30
 CHECKPOINT = "the last good checkpoint is runs/x/checkpoint-250"
-ALONE = (
-    "changed settings need a run of their own in another --output_dir, for --resume_from_checkpoint latest continues with "
-    "unchanged ones only"
-)
+ALONE = "use another --output_dir if you change settings, because --resume_from_checkpoint latest needs the same ones"
 
 
 def changed(config, flags):
@@ -127,12 +124,12 @@ def test_published_sizes_in_one_line(sd15, memory_of):
     larger = "--gradient_checkpointing --train_batch_size 10 --gradient_accumulation_steps 2"
     counted = total(changed(sd15, flags)) / GIB
     assert shortage(plan, sd15, Source(sd15), 1, CUDA) == (
-        f"warning: the plan is larger than the 17.0 GiB that are free on cuda:0; these settings would fit: {flags} "
-        f"(counted {counted:.1f} GiB)\n"
+        f"warning: the plan needs more than the 17.0 GiB that are free on cuda:0; these settings would fit: {flags} "
+        f"(planned {counted:.1f} GiB)\n"
     )
     assert 16 < counted <= 17 < total(changed(sd15, larger)) / GIB
     memory_of(whole=24 * GIB, free=6 * GIB)
-    assert "fit: --gradient_checkpointing --rank 16 (a LoRA, counted 4." in shortage(plan, sd15, Source(sd15), 1, CUDA)
+    assert "fit: --gradient_checkpointing --rank 16 (a LoRA, planned 4." in shortage(plan, sd15, Source(sd15), 1, CUDA)
 
 
 def test_enough_memory_says_nothing(models, memory_of):
@@ -156,8 +153,8 @@ def test_nothing_fits(models, memory_of, device):
     memory_of(whole=1 << 16)
     there = "that are free on cuda:0" if device == CUDA else "that this machine has"
     assert shortage(plan, config, Source(config), 1, device) == (
-        f"warning: the plan is larger than the 0.1 MiB {there}; no settings of this model fit, "
-        f"the smallest plan is {bytes_of_it / (1 << 20):.1f} MiB\n"
+        f"warning: the plan needs more than the 0.1 MiB {there}; no settings for this model fit "
+        f"(the smallest plan needs {bytes_of_it / (1 << 20):.1f} MiB)\n"
     )
 
 
@@ -228,7 +225,7 @@ def test_the_demo_on_the_cpu(memory_of):
     assert config.pretrained_model_name_or_path == DEMO
     plan = memory_plan(config, Source(config), 1, CPU)
     memory_of(whole=plan.total - 1)
-    assert "this machine has; these settings would fit: --gradient_checkpointing (counted" in shortage(
+    assert "this machine has; these settings would fit: --gradient_checkpointing (planned" in shortage(
         plan, config, Source(config), 1, CPU
     )
     flags, counted = advised(config, 0, CPU)
@@ -253,8 +250,8 @@ def test_a_run_that_ran_out(shallow, memory_of):
     assert counted < 0.9 * plan < GIB * 72  # the plan said that it would fit
     assert str(told) == (
         "out of memory on cuda:0 (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.18 GiB "
-        "of which 1.06 GiB is free. Including non-PyTorch memory, ...); by the counted plan these settings would fit: "
-        f"--gradient_checkpointing (counted {counted / GIB:.1f} GiB); {CHECKPOINT}; {ALONE}"
+        "of which 1.06 GiB is free. Including non-PyTorch memory, ...); by the memory plan these settings would fit: "
+        f"--gradient_checkpointing (planned {counted / GIB:.1f} GiB); {CHECKPOINT}; {ALONE}"
     )
 
 
@@ -265,14 +262,12 @@ def test_a_run_that_ran_out_is_advised_a_plan_smaller_than_the_device_and_its_ow
     for whole, expected in ((80 * GIB, half), (int(total(changed(config, quarter)) / 0.9) + 2, quarter)):
         memory_of(whole)
         told = str(out_of_memory(config, Source(config), 1, CUDA, MemoryError(), "no checkpoint was saved"))
-        start = (
-            f"out of memory on cuda:0 (MemoryError); by the counted plan these settings would fit: {expected} (counted 1."
-        )
+        start = f"out of memory on cuda:0 (MemoryError); by the memory plan these settings would fit: {expected} (planned 1."
         assert told.startswith(start)
         assert told.endswith(f" GiB); no checkpoint was saved; {ALONE}")
     memory_of(whole=1 << 20)
     told = str(out_of_memory(config, Source(config), 1, CUDA, MemoryError(), CHECKPOINT))
-    assert "; by the counted plan no settings of this model fit, the smallest plan is " in told
+    assert "; by the memory plan no settings for this model fit (the smallest plan needs " in told
 
 
 def test_no_advised_setting_can_be_changed_on_resume(shallow):
@@ -326,7 +321,7 @@ def test_out_of_memory_names_settings_and_leaves_the_last_checkpoint(tmp_path, m
 
     monkeypatch.setattr(Trainer, "train_step", fails)
     config = TrainConfig(output_dir=tmp_path / "run", train_batch_size=8, checkpointing_steps=2, max_train_steps=6)
-    with pytest.raises(UserError, match=r"out of memory on cpu \(CUDA out of memory.*; by the counted plan .*checkpoint-2;"):
+    with pytest.raises(UserError, match=r"out of memory on cpu \(CUDA out of memory.*; by the memory plan .*checkpoint-2;"):
         train.main(config)
     (kept,) = list_checkpoints(tmp_path / "run")
     assert load_checkpoint(kept)[1]["step"] == 2

@@ -93,10 +93,10 @@ def test_the_verdict_names_every_metric_once():
     assert text == (
         "- **guidance_scale = 2**: Self-NPO wins in precision (+0.50 ± 0.22), recall (+0.50 ± 0.22), "
         "density (+0.50 ± 0.22), coverage (+0.50 ± 0.22), lp (+0.50 ± 0.22); "
-        "loses in fd (+0.50 ± 0.22), nn (+0.50 ± 0.22); not decided: nothing."
+        "loses in fd (+0.50 ± 0.22), nn (+0.50 ± 0.22); undecided: nothing."
     )
     text = report.verdict(made([0.5]))
-    assert "wins in nothing; loses in nothing; not decided: fd (+0.500), precision (+0.500)" in text
+    assert "wins in nothing; loses in nothing; undecided: fd (+0.500), precision (+0.500)" in text
 
 
 def test_the_best_is_named_with_its_equals():
@@ -105,7 +105,7 @@ def test_the_best_is_named_with_its_equals():
     text = report.best(Evaluation(values, num_samples=1, seeds=(0, 1, 2)))
     assert "- fd: no guidance (2.0 ± 2.5) or plain guidance (CFG), guidance_scale = 2 (2.0 ± 2.4)\n" in text
     assert "- recall: Self-NPO, guidance_scale = 2 (5.1 ± 2.7)\n" in text
-    assert report.best(made([0.5])).count("not decided") == len(METRICS)
+    assert report.best(made([0.5])).count("undecided") == len(METRICS)
 
 
 def test_what_is_said_of_the_criterion():

@@ -40,7 +40,7 @@ def test_its_metadata_and_words(models, tmp_path, family, rank, tag):
     assert ("lora" in told.data.tags) == is_lora
     assert told.data.license is None
     assert told.data.base_model is None  # a folder here, which the hub does not know
-    assert f"See that of `{models(family)}`" in told.text
+    assert f"See the licence of `{models(family)}`" in told.text
     assert "pip install" in told.text
     assert "arxiv.org/abs/2505.11777" in told.text
     prose = told.text.split("## Settings")[0]
@@ -56,11 +56,11 @@ def test_its_metadata_and_words(models, tmp_path, family, rank, tag):
 @pytest.mark.parametrize(
     ("licence", "more", "sentence"),
     [
-        ("creativeml-openrail-m", "", "from which it was made: creativeml-openrail-m."),
+        ("creativeml-openrail-m", "", "its base: creativeml-openrail-m."),
         (
             "other",
             "license_name: my-licence\nlicense_link: LICENSE.md\n",
-            "from which it was made: my-licence (LICENSE.md).",
+            "its base: my-licence (LICENSE.md).",
         ),
     ],
 )
@@ -81,7 +81,7 @@ def test_a_base_whose_licence_is_not_said(models, tmp_path, readme):
     (base / "README.md").write_text(readme)
     told = card_of(base, "unconditional", tmp_path / "out")
     assert told.data.license is None
-    assert f"See that of `{base}`" in told.text
+    assert f"See the licence of `{base}`" in told.text
 
 
 def test_a_base_of_two_models(models, tmp_path, put_in_cache, monkeypatch):
@@ -97,7 +97,7 @@ def test_a_base_of_two_models(models, tmp_path, put_in_cache, monkeypatch):
     assert two.data.to_dict()["base_model"] == ["somebody/tuned", "somebody/base"]
     assert two.data.to_dict()["base_model_relation"] == "finetune"
     assert two.data.license is None
-    assert "See that of `somebody/base`, `somebody/tuned`" in two.text
+    assert "See the licence of `somebody/base`, `somebody/tuned`" in two.text
 
 
 def test_its_picture_lies_beside_it(models, tmp_path):
@@ -116,10 +116,10 @@ def test_a_run_that_moved_little_says_so(models, tmp_path, capsys):
     weak.run()
     assert weak.state.relative_delta() < LITTLE
     assert strength_note(weak.state).startswith(
-        f"note: the weights moved by {100 * weak.state.relative_delta():.2g} %, which"
+        f"note: the weights moved by only {100 * weak.state.relative_delta():.2g} %."
     )
     strong = start(settings(models("unconditional"), learning_rate=1e-2), tmp_path / "strong")
     strong.run()
     assert strength_note(strong.state) == ""
     assert call("train", *QUICK, "--output_dir", tmp_path / "demo", "--learning_rate", "1e-6") == 0
-    assert "note: the weights moved by " in capsys.readouterr().out
+    assert "note: the weights moved by only " in capsys.readouterr().out

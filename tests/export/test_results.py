@@ -133,7 +133,7 @@ def test_metrics_record_the_cost(models, tmp_path, capsys):
     assert all(0 < seconds < whole for seconds in beside.values())
     shares = ", ".join(f"{kind} {100 * seconds / whole:.1f} %" for kind, seconds in beside.items())
     said = capsys.readouterr().out
-    assert f"beside the steps: {shares} of {whole:.0f} s" in said
+    assert f"time outside the steps: {shares} of {whole:.0f} s" in said
     assert [*beside] == ["logging", "relative_delta", "checkpoints", "pictures"]
     resumed = start(replace(config, resume_from_checkpoint="latest"), tmp_path / "out")
     assert all(0 < seconds <= beside[kind] for kind, seconds in resumed.state.beside.items() if kind != "pictures")

@@ -25,8 +25,8 @@ def test_the_values_are_those_of_preset_and_family(models):
         "model": f"{models('stable_diffusion')} (stable-diffusion), preset default",
         "trains": "all weights",
         "on": "1,234 prompts",
-        "rollouts": "pool: 8 batches of trajectories under way, one step each in turn; grid of 25 points, unconditional",
-        "reference": "average of the student, decay 0.999",
+        "rollouts": "pool: 8 batches of trajectories, which take turns at one step each; grid of 25 points, unconditional",
+        "reference": "moving average of the student, decay 0.999",
         "loss": "L2, weighted as epsilon; 10 % of the conditions dropped",
         "optimizer": "AdamW, learning rate 1e-06, constant; weight decay 0.001, gradient norm at most 1",
         "steps": "1,000 of 20 samples in float32",
@@ -41,9 +41,9 @@ def test_flags_show(models):
         "--lr_warmup_steps", 50, "--rollout_guidance_scale", 3, "--loss", "huber",
     )  # fmt: skip
     assert told["trains"] == "a LoRA of rank 4"
-    assert told["on"] == "the empty prompt alone"
+    assert told["on"] == "only the empty prompt"
     assert told["rollouts"] == "fresh: from noise to a random time; grid of 25 points, guidance scale 3"
-    assert told["reference"] == "the base itself, frozen"
+    assert told["reference"] == "the frozen base"
     assert told["loss"].startswith("pseudo-Huber, c 0.001, weighted as x0; 0 %")
     assert told["optimizer"].startswith("8-bit AdamW, learning rate 0.0001, cosine after 50 steps of warmup")
     assert told["steps"] == (
@@ -67,7 +67,7 @@ def test_images(models, tmp_path):
         train_data_dir=tmp_path,
     )
     source = Source(config)
-    assert "\non         1 image, with the empty prompt alone\n" in summary(config, source, read_data(config, source))
+    assert "\non         1 image, with only the empty prompt\n" in summary(config, source, read_data(config, source))
 
 
 def test_a_run_begins_with_them(models, tmp_path, capsys):
