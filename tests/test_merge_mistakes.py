@@ -58,7 +58,7 @@ def test_models_that_do_not_fit(models, tmp_path, refused):
     refused(base, base, first, "--positive", tmp_path / "other")
     xl = save_both_loras(models("stable_diffusion_xl"), tmp_path / "xl", 1)
     refused(base, xl, "is a LoRA for another base")
-    refused(models("class_conditional"), xl, "but diffusers has no LoRA for DiTPipeline")
+    refused(models("class_conditional"), xl, "but diffusers does not support LoRAs for DiTPipeline")
     refused(base, models("class_conditional"), "contains neither config.json nor unet/config.json")
     (tmp_path / "broken.safetensors").write_bytes(b"no weights")
     refused(base, tmp_path / "broken.safetensors", "broken.safetensors could not be read as safetensors")

@@ -57,7 +57,7 @@ def test_models_that_are_not_there(refused, model, sentence):
 
 
 def test_a_local_model_is_asked_for_where_the_hub_must_not_be(refused):
-    refused("nobody/no-such-model", "could not be fetched from the hub", "--local_files_only")
+    refused("nobody/no-such-model", "was not found locally or on the hub", "--local_files_only")
 
 
 BREAKAGES = {
@@ -188,7 +188,7 @@ def test_single_files(models, refused, tmp_path):
     part.write_bytes(file.read_bytes()[:1000])
     refused(part, "could not be", "--single_file_config", models("stable_diffusion"))
     refused(part, "was not recognised as a diffusion model; pass a diffusers folder")
-    refused(file, "needs the configuration of stable-diffusion-v1-5/stable-diffusion-v1-5, which could not be read; name a")
+    refused(file, "needs the configuration of stable-diffusion-v1-5/stable-diffusion-v1-5, which could not be read; pass a")
     refused(file, "but diffusers cannot load a CogVideoX", "--single_file_config", models("cogvideox"))
 
 
@@ -213,7 +213,7 @@ def test_single_files(models, refused, tmp_path):
         ("stable_diffusion", ["--denoiser_name_or_path", "nowhere"], "nowhere was not found locally or on the hub"),
         ("stable_diffusion", ["--lora_name_or_path", "nowhere"], "nowhere was not found locally or on the hub"),
         ("stable_diffusion", ["--lora_name_or_path", "lora.pt"], "in a format that can run code"),
-        ("unconditional", ["--lora_name_or_path", "."], "diffusers has no LoRA for DDPMPipeline"),
+        ("unconditional", ["--lora_name_or_path", "."], "diffusers does not support LoRAs for DDPMPipeline"),
         ("stable_diffusion", ["--gradient_accumulation_steps", 0], "gradient_accumulation_steps is 0"),
         (
             "stable_diffusion",

@@ -131,7 +131,7 @@ def test_the_noisiest_time_has_no_later_one_and_zero_snr_forgets_the_sample():
 
 @pytest.mark.parametrize("steps", [0, -3, 30, 1001])
 def test_a_grid_that_does_not_divide_is_refused(steps):
-    with pytest.raises(UserError, match=rf"num_inference_steps is {steps}; expected a divisor of 1000.*25"):
+    with pytest.raises(UserError, match=rf"num_inference_steps is {steps}; expected a divisor of the 1000.*25"):
         make_grid(DDIMScheduler(), steps)
 
 
