@@ -190,7 +190,7 @@ def test_help_says_what_preset_and_model_decide(capsys):
         parse(TrainConfig, ["--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for field in dataclasses.fields(TrainConfig):
-        block = re.search(rf"--{field.name}[ ,\]].*?\((default: .*?|optional|sets: .*?)\)", text)[0]
+        block = re.search(rf"--{field.name}(?:,|\]| [A-Z{{\[]).*?\((default: .*?|optional|sets: .*?)\)", text)[0]
         assert ("set by the preset and the model;" in block) == (field.name in decided), block
 
 

@@ -21,7 +21,7 @@ from selfnpo.models import DEMO_FOLDER
         (["--max_train_steps", "0"], "max_train_steps is 0; expected a value from 1"),
         (["--learning_rate", "-1e-4"], "learning_rate is -0.0001; expected a value from 0"),
         (["--learning_rate", "nan"], "learning_rate is nan; expected"),
-        (["--num_inference_steps", "30"], "num_inference_steps is 30; expected a divisor of the 1000 training"),
+        (["--num_inference_steps", "30"], "num_inference_steps is 30; expected a divisor of the 1000"),
         (["--rollout", "data", "--num_rollout_steps", "25"], "num_rollout_steps is 25; expected a value from 1 to 24"),
         (["--pool_size", "0"], "pool_size is 0; expected a value from 1 to 10000"),
         (["--max_relative_delta", "-1"], "expected a positive number"),

@@ -123,7 +123,7 @@ def test_no_command_shows_a_line_of_a_library(models, tmp_path):
         f"sample --model {models('stable_diffusion')} --negative lora/negative --prompt cat --num_inference_steps 10",
         f"sample --model {models('cogvideox')} --negative video/negative --num_inference_steps 10 --output_dir videos",
         f"merge --model {models('stable_diffusion')} --negative lora/negative --positive full/negative --output_dir merged",
-        "evaluate --negative demo/negative --num_samples 200 --seeds 1 2 --output_dir judged",
+        "evaluate --negative demo/negative --num_samples 200 --seeds 1 2 --guidance_scales 2 --output_dir judged",
         "demo.base --max_train_steps 2 --output_dir base",
     ]
     done = subprocess.run(

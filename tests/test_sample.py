@@ -232,7 +232,7 @@ def test_a_file_takes_its_place_whole_or_not_at_all(tmp_path):
     ("family", "flags", "sentence"),
     [
         ("unconditional", ["--guidance_scale", 2, 1], "guidance_scale is 1.0; expected a value above 1"),
-        ("unconditional", ["--guidance_scale", 0.5], "the negative would do nothing"),
+        ("unconditional", ["--guidance_scale", 0.5], "the negative would have no effect"),
         ("unconditional", ["--guidance_scale", "nan"], "guidance_scale is nan; expected a value above 1"),
         ("unconditional", ["--guidance_scale", 2, 2], "guidance_scale is 2.0 2.0; expected different values"),
         ("unconditional", ["--beta", 0.5, 0.5], "beta is 0.5 0.5; expected different values"),
@@ -251,7 +251,11 @@ def test_a_file_takes_its_place_whole_or_not_at_all(tmp_path):
         ("class_conditional", ["--prompts", "p.txt"], "prompt and prompts are both given; leave one of the two out"),
         ("unconditional", ["--prompts", "p.txt"], "prompts p.txt could not be read: No such file or directory"),
         ("unconditional", ["--output", "x.png", "--output_dir", "x"], "output and output_dir are both given"),
-        ("unconditional", ["--output_dir", "x", "--video_format", "gif"], "video_format is gif, but there are no videos"),
+        (
+            "unconditional",
+            ["--output_dir", "x", "--video_format", "gif"],
+            "video_format is gif, which is only for videos in an output_dir",
+        ),
         ("cogvideox", ["--video_format", "gif"], "video_format is gif, which is only for videos in an output_dir"),
         ("unconditional", ["--output_dir", "/dev/null/x"], "output_dir is /dev/null/x, but /dev/null is a file"),
         ("unconditional", ["--output_dir", "/proc/x"], "output_dir /proc/x cannot be written"),

@@ -131,7 +131,7 @@ def check_replacement(
         except (OSError, ValueError) as error:
             raise UserError(f"{where} of {name} could not be read: {first_line(error)}") from error
         if config.get("_class_name") not in class_names:
-            raise UserError(f"{name} is a {config.get('_class_name')}; expected a {kind.__name__}, like the base")
+            raise UserError(f"{name} is of class {config.get('_class_name')}; expected {kind.__name__}, like the base")
         if not weight_variants(name, subfolder, options):
             raise UserError(
                 why_not_loaded(name, subfolder, options, kind.__name__)

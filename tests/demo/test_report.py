@@ -112,7 +112,7 @@ def test_what_is_said_of_the_criterion():
     text = report.explain(made([1.0, 2.0, 3.0]), one_negative=True)
     assert "3 replicates (seeds 0, 1, 2)" in text
     assert "7 differences" in text
-    assert "that of training" in text
+    assert "not of training" in text
 
 
 def test_the_committed_evaluation_obeys():

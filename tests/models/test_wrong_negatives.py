@@ -19,9 +19,9 @@ MISTAKES = {
     "missing": "nowhere was not found locally or on the hub",
     "missing.safetensors": "missing.safetensors does not exist; expected a .safetensors file",
     "empty": "contains neither config.json nor unet/config.json; expected a UNet2DConditionModel",
-    "text.txt": "is not a .safetensors file",
+    "text.txt": "text.txt is not a .safetensors file",
     "pickle.ckpt": "is in a format that can run code when it is opened",
-    "vae": "is a AutoencoderKL; expected a UNet2DConditionModel, like the base",
+    "vae": "is of class AutoencoderKL; expected UNet2DConditionModel, like the base",
     "narrow": "has a different architecture than the base",
     "bare": "contains no weights; expected UNet2DConditionModel weights in a *.safetensors file next to config.json",
     "cut": "could not be read as safetensors",
@@ -98,7 +98,7 @@ def test_a_wrong_negative(wrong, models, tmp_path, capsys, monkeypatch, nothing_
 def test_a_wrong_negative_of_the_demo(wrong, tmp_path, capsys, nothing_is_loaded):
     for path, sentence in (
         ("nowhere", "nowhere was not found locally or on the hub"),
-        (wrong / "good", "is a UNet2DConditionModel; expected"),
+        (wrong / "good", "is of class UNet2DConditionModel; expected"),
     ):
         refused(capsys, sentence, "evaluate", "--negative", path, "--output_dir", tmp_path / "out")
         refused(capsys, sentence, "sample", "--negative", path, "--output_dir", tmp_path / "out")

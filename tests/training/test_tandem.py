@@ -167,7 +167,7 @@ def test_settings_that_cannot_be_captured(changes, reason):
     ],
 )
 def test_impossible_settings_are_said_before_weights_load(tmp_path, capsys, monkeypatch, flags, message):
-    monkeypatch.delattr("selfnpo.train.load_base")
+    monkeypatch.setattr("selfnpo.inputs.data.load_base", None)
     for package in ("xformers", "bitsandbytes", "tensorboard", "wandb"):
         monkeypatch.setitem(sys.modules, package, None)
     assert call("train", "--output_dir", tmp_path / "run", *flags) == 2
