@@ -48,7 +48,7 @@ class TrainConfig(SampleOptions, ModelOptions):
     prompt_dataset: str | None = None
     """Training prompts from a Hugging Face dataset, as NAME:COLUMN (pip install 'selfnpo[datasets]')."""
     train_data_dir: Path | None = None
-    """Folder of images to start rollouts from (with --rollout data). Captions come from metadata.jsonl or .txt files."""
+    """Folder of images to start rollouts from (for data rollouts). Captions come from metadata.jsonl or .txt files."""
 
     rank: Annotated[int, arg(aliases=("--network_dim", "--lora_rank"))] = 0
     """Rank of the LoRA to train; 0 trains the full weights."""
@@ -97,11 +97,11 @@ class TrainConfig(SampleOptions, ModelOptions):
     rollout: Annotated[Literal["pool", "fresh", "full", "data"], _preset_arg()] = "pool"
     """Where training samples come from; see selfnpo/training/rollout.py."""
     pool_size: int = 8
-    """Number of batches of trajectories in the pool (with --rollout pool). More makes consecutive batches less alike."""
+    """Number of batches of trajectories in the pool (for pool rollouts). More makes consecutive batches less alike."""
     num_inference_steps: Annotated[int, arg(aliases=("--num_ddim_timesteps",))] = 25
     """Points in the DDIM grid of a rollout."""
     num_rollout_steps: int = 5
-    """K, the number of rollout steps from a noised image (with --rollout data)."""
+    """K, the number of rollout steps from a noised image (for data rollouts)."""
     rollout_guidance_scale: Annotated[float, _preset_arg()] = 0.0
     """Guidance scale of rollouts: 0 is unconditional, 1 conditional, above 1 guided."""
     reference_decay: Annotated[float, _preset_arg()] = 0.999

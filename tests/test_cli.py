@@ -172,7 +172,7 @@ def test_wandb_gets_numbers_and_pictures(tmp_path, monkeypatch, capsys):
     assert fake.finished
     fake.init = lambda **settings: 1 / 0
     assert call("train", *QUICK, *flags, "--overwrite") == 2
-    assert "report_to is wandb, which could not be started (division by zero); run wandb login" in capsys.readouterr().err
+    assert "report_to is wandb, but it could not be started (division by zero); run wandb login" in capsys.readouterr().err
 
 
 def test_a_folder_of_logs_is_no_package(tmp_path, monkeypatch, capsys):
