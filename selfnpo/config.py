@@ -228,8 +228,10 @@ def preset_config(name: str, of_family: dict[str, dict[str, Any]] | None = None,
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config {path} could not be read: {error.strerror}; expected a YAML file") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"config {path} could not be read as YAML: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"config {path} contains no settings; expected lines of the form 'name: value'")

@@ -31,11 +31,11 @@ RESULTS = (
 )
 
 
-def check_output(folder: Path, overwrite: bool, resume: str | None = None) -> None:
+def check_output(folder: Path, overwrite: bool, resume: str | None = "") -> None:
     """Check that a run may write to `folder`, without changing anything.
 
     Args:
-        resume: latest, or a checkpoint, if the run continues an earlier one.
+        resume: latest, or a checkpoint, if the run continues an earlier one; "" for commands that cannot.
 
     Raises:
         UserError: the folder is not empty and neither overwrite nor resume was asked for, there is nothing to resume, or
@@ -52,7 +52,7 @@ def check_output(folder: Path, overwrite: bool, resume: str | None = None) -> No
     if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
         raise UserError(
             f"output_dir {folder} exists and is not empty; choose another, pass --overwrite to replace its results"
-            + (", or --resume_from_checkpoint latest to continue" if list_checkpoints(folder) else "")
+            + (", or --resume_from_checkpoint latest to continue" if resume is None and list_checkpoints(folder) else "")
         )
     try:
         tempfile.TemporaryFile(dir=existing).close()
@@ -60,7 +60,7 @@ def check_output(folder: Path, overwrite: bool, resume: str | None = None) -> No
         raise _unwritable(folder, error) from error
 
 
-def prepare_output(folder: Path, results: tuple[str, ...], overwrite: bool, resume: str | None = None) -> None:
+def prepare_output(folder: Path, results: tuple[str, ...], overwrite: bool, resume: str | None = "") -> None:
     """Create `folder`, or remove earlier results from it.
 
     Args:

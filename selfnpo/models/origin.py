@@ -1,5 +1,6 @@
 """Find a model and its small files, in a local folder or on the hub. Formats that can run code are refused."""
 
+import difflib
 from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -46,7 +47,15 @@ def check_exists(name: str, options: ModelOptions) -> None:
     if name.endswith(SINGLE_FILE):
         if not Path(name).is_file():
             raise UserError(f"{name} does not exist; expected a {SINGLE_FILE} file, a folder or a Hugging Face id")
-    elif not Path(name).is_file():
+        return
+    path = Path(name)
+    if (path / "negative").is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"{name} is the folder of a training run; did you mean {path / 'negative'}?")
+    if not path.exists() and path.parent.name and path.parent.is_dir():
+        similar = difflib.get_close_matches(path.name, [each.name for each in path.parent.iterdir()], n=1)
+        if similar:
+            raise UserError(f"{name} was not found locally or on the hub; did you mean {path.parent / similar[0]}?")
+    if not path.is_file():
         find(name, "config.json", options)
 
 

@@ -1,6 +1,7 @@
 """The lines with which a run begins."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
@@ -9,7 +10,7 @@ from selfnpo.config import TrainConfig, parse_config
 from selfnpo.device import resolve
 from selfnpo.inputs.data import TrainData, read_data
 from selfnpo.models import Source
-from selfnpo.training.summary import summary
+from selfnpo.training.summary import _ROLLOUTS, summary
 
 
 def lines(models, family: str, *flags: object, prompts: int = 1) -> dict[str, str]:
@@ -49,6 +50,10 @@ def test_flags_show(models):
     assert told["steps"] == (
         "1,000 of 10 samples (5 x 2) in float32, gradients checkpointed, or until the weights have moved by 5 %"
     )
+
+
+def test_every_rollout_has_words():
+    assert set(get_args(TrainConfig.__annotations__["rollout"].__origin__)) == set(_ROLLOUTS)
 
 
 @pytest.mark.parametrize(("family", "on"), [("unconditional", "no conditions"), ("class_conditional", "10 classes")])
