@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
@@ -14,6 +14,12 @@ DEMO = "demo"  # instead of a model: the class-conditional DiT on 8x8 digits tha
 NONE = "none"  # instead of a prompt file
 Precision = Literal["auto", "no", "fp16", "bf16"]
 Split = Literal["final", "development"]  # of the digits; see selfnpo/inputs/digits.py
+
+
+def changed(settings: Any, *kinds: type) -> dict[str, Any]:
+    """The values of `settings` that differ from their defaults, for the fields of these dataclasses (by default its own)."""
+    found = [field for kind in kinds or (type(settings),) for field in fields(kind)]
+    return {each.name: getattr(settings, each.name) for each in found if getattr(settings, each.name) != each.default}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ def output_file(config: SampleConfig, is_video: bool) -> Path:
         why = "a sweep is written as one picture" if is_video else "the model makes images"
         expected = ".png, .gif or .mp4" if movable else f".png, because {why}"
         raise UserError(f"output is {output}; expected a file name that ends in {expected}")
+    if output.is_dir():
+        raise UserError(f"output {output} is a folder; choose another name")
     check_video(output)
     try:
         tempfile.TemporaryFile(dir=output.parent).close()
@@ -88,9 +90,8 @@ def check_files(config: SampleConfig) -> tuple[str, ...]:
 
 def check_folder(folder: Path, overwrite: bool) -> None:
     """Raise a UserError if single files cannot be written there, or if the folder contains anything else."""
-    if (
-        folder.is_dir() and any(folder.glob("*")) and not (folder / RECORD).is_file()
-    ):  # not even with overwrite: `negative` may be a model
+    # Not even with overwrite: `negative` may be a model.
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
         raise UserError(
             f"output_dir {folder} is not empty and has no {RECORD}, so its files are not samples from this command; "
             "choose another folder"

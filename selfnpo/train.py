@@ -12,7 +12,8 @@ from selfnpo.inputs.prompts import read_prompts
 from selfnpo.models import Source
 from selfnpo.models.origin import check_exists
 from selfnpo.options import DEMO
-from selfnpo.output import RESULTS, check_output, lasting, prepare_output
+from selfnpo.output import RESULTS, check_output, prepare_output
+from selfnpo.progress import lasting
 
 if TYPE_CHECKING:
     from selfnpo.training.trainer import Trainer

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from selfnpo.cli import parse, run
 from selfnpo.errors import UserError
 from selfnpo.options import Split
-from selfnpo.output import prepare_output, progress
+from selfnpo.output import prepare_output
+from selfnpo.progress import progress
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, DiTTransformer2DModel

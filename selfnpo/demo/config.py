@@ -1,14 +1,14 @@
 """The settings of `python -m selfnpo.evaluate`, and the names of the methods that it compares."""
 
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from selfnpo.cli import as_flags
 from selfnpo.config import TrainConfig
 from selfnpo.errors import UserError
-from selfnpo.options import DEMO, Split
+from selfnpo.options import DEMO, Split, changed
 
 NONE, CFG, SELF_NPO = "none", "cfg", "self-npo"  # arms
 SEEDS = (20, 21, 22, 23, 24, 25)  # used for reports; settings were chosen with other seeds
@@ -65,9 +65,8 @@ def check(config: EvaluateConfig) -> None:
 
 def command_line(config: EvaluateConfig) -> str:
     """The command line for `config`."""
-    changed = (field.name for field in fields(config) if getattr(config, field.name) != field.default)
-    flags = as_flags({name: getattr(config, name) for name in changed if name not in ("output_dir", "overwrite")})
-    return shlex.join(("python", "-m", "selfnpo.evaluate", *flags))
+    flags = {name: value for name, value in changed(config).items() if name not in ("output_dir", "overwrite")}
+    return shlex.join(("python", "-m", "selfnpo.evaluate", *as_flags(flags)))
 
 
 def plan(config: EvaluateConfig) -> str:

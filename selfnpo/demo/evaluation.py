@@ -18,7 +18,7 @@ from torch import nn
 from selfnpo.demo.config import CFG, NONE
 from selfnpo.demo.metrics import Metrics
 from selfnpo.models import PretrainedModel
-from selfnpo.output import progress
+from selfnpo.progress import progress
 from selfnpo.sampling.ddim import ddim_sample, start_noise
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfnpo.inputs.digits import Digits
-from selfnpo.output import progress
+from selfnpo.progress import progress
 
 K = 5
 METRICS = ("fd", "precision", "recall", "density", "coverage", "nn", "lp")

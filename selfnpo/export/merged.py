@@ -22,7 +22,7 @@ from selfnpo.models import ModelOptions, Source
 from selfnpo.models.lora.read import is_lora, read_offsets
 from selfnpo.models.lora.write import model_spec
 from selfnpo.models.origin import SINGLE_FILE, find
-from selfnpo.output import progress
+from selfnpo.progress import progress
 
 MAX_SHARD_SIZE = "10GB"  # diffusers' default
 AS_STORED = {"F32", "F16", "BF16"}  # dtypes of weights that can be read directly

@@ -1,7 +1,7 @@
 """The README.md of a trained negative: its base, how it was trained, the cost, and how to use it."""
 
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from selfnpo.config import TrainConfig, to_yaml
 from selfnpo.errors import UserError
 from selfnpo.models import DEMO, Family, ModelOptions, SampleOptions, Source
 from selfnpo.models.origin import SINGLE_FILE, find
+from selfnpo.options import changed
 
 _USE = """\
 ## How to use it
@@ -157,10 +158,7 @@ def _in_comfyui(family: Family, lora_file: str | None) -> str:
 def _base(config: TrainConfig) -> str:
     """The flags with which another command uses the same base at the same size."""
     flags = {"pretrained_model_name_or_path": config.pretrained_model_name_or_path}
-    for field in (*fields(ModelOptions), *fields(SampleOptions)):
-        if getattr(config, field.name) != field.default:
-            flags[field.name] = getattr(config, field.name)
-    return shlex.join(as_flags(flags))
+    return shlex.join(as_flags(flags | changed(config, ModelOptions, SampleOptions)))
 
 
 def _table(values: dict[str, Any]) -> str:
@@ -178,4 +176,6 @@ def _quality(quality: dict[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(each)}" for name, each in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)

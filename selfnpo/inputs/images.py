@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from selfnpo.errors import UserError
-from selfnpo.output import progress
+from selfnpo.progress import progress
 
 
 def load_image(path: Path, height: int, width: int, channels: int = 3) -> Tensor:

@@ -16,7 +16,7 @@ from selfnpo.models.family import Config
 from selfnpo.models.foreign import silent
 from selfnpo.models.origin import SINGLE_FILE, find, refuse_unsafe, weight_variants, why_not_loaded
 from selfnpo.options import ModelOptions
-from selfnpo.output import lasting
+from selfnpo.progress import lasting
 
 
 def empty_denoiser(kind: type[ModelMixin], config: Config) -> ModelMixin:

@@ -17,7 +17,7 @@ from selfnpo.models.origin import refuse_unsafe
 from selfnpo.models.pretrained import Conditions, PretrainedModel
 from selfnpo.models.source import Source
 from selfnpo.options import ModelOptions, SampleOptions
-from selfnpo.output import progress
+from selfnpo.progress import progress
 
 ENCODE_BATCH = 16
 SHARE_OF_DEVICE = 0.1  # of its free memory, for encoded prompts; larger ones are streamed from the host

@@ -10,7 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from selfnpo.errors import UserError, first_line
 from selfnpo.options import ModelOptions
-from selfnpo.output import lasting
+from selfnpo.progress import lasting
 
 SINGLE_FILE = ".safetensors"
 UNSAFE = (".ckpt", ".pt", ".pth", ".bin")

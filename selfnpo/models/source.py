@@ -24,7 +24,7 @@ from selfnpo.models.origin import (
     why_not_loaded,
 )
 from selfnpo.options import DEMO, ModelOptions, SampleOptions
-from selfnpo.output import lasting
+from selfnpo.progress import lasting
 
 if TYPE_CHECKING:
     import torch

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selfnpo.config import preset_config
 from selfnpo.models import PretrainedModel, load_negative
-from selfnpo.options import ModelOptions, SampleOptions
+from selfnpo.options import ModelOptions, SampleOptions, changed
 from selfnpo.sampling.config import SampleConfig
 from selfnpo.sampling.ddim import plain_guidance, title
 from selfnpo.sampling.decode import decode_frames, decode_samples, open_vae
@@ -108,9 +108,7 @@ class Comparison:
         """The settings of the samples as JSON types, for one method or for all."""
         config, base = self.config, self.base
         named = {"pretrained_model_name_or_path": config.pretrained_model_name_or_path}
-        for field in (*fields(ModelOptions), *fields(SampleOptions)):
-            if field.name != "local_files_only" and getattr(config, field.name) != field.default:
-                named[field.name] = getattr(config, field.name)
+        named |= changed(replace(config, local_files_only=False), ModelOptions, SampleOptions)
         named |= {"positive": str(config.positive)} if config.positive else {}
         negative = {"negative": str(config.negative), "alpha": config.alpha, "beta": config.beta}
         if method is not None and method.beta is None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from selfnpo.models import PretrainedModel
-from selfnpo.output import progress
+from selfnpo.progress import progress
 from selfnpo.randomness import Site
 from selfnpo.schedule import make_grid, step_rows
 from selfnpo_kernels import guided_step, philox_normal

@@ -7,7 +7,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from selfnpo.models import PretrainedModel
-from selfnpo.output import progress
+from selfnpo.progress import progress
 
 FRAMES = 4  # evenly spaced frames that a picture shows of a video
 

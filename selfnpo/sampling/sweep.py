@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from selfnpo.mixing import mix_
 from selfnpo.models import PretrainedModel
-from selfnpo.output import progress
+from selfnpo.progress import progress
 from selfnpo.sampling.ddim import ddim_sample, noise_of, plain_guidance
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from selfnpo.config import TrainConfig
 from selfnpo.inputs.data import TrainData, encode_data
 from selfnpo.models import PretrainedModel
-from selfnpo.output import progress
+from selfnpo.progress import progress
 from selfnpo.randomness import Site, draw_index
 from selfnpo.schedule import Grid, step_rows
 from selfnpo_kernels import forward_jump, guided_step, philox_normal

@@ -21,7 +21,8 @@ from selfnpo.errors import UserError, first_line, is_out_of_memory
 from selfnpo.files import write_text
 from selfnpo.inputs.data import TrainData
 from selfnpo.models import PretrainedModel
-from selfnpo.output import lasting, list_checkpoints, progress
+from selfnpo.output import list_checkpoints
+from selfnpo.progress import lasting, progress
 from selfnpo.schedule import make_grid
 from selfnpo.training.checkpoint import load_checkpoint, load_latest
 from selfnpo.training.log import RunLog
