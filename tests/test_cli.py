@@ -228,7 +228,7 @@ def test_evaluate_writes_table_and_plot(trained, tmp_path, capsys):
     assert call("evaluate", *args) == 0
     text = (output / "evaluation.md").read_text()
     assert text in capsys.readouterr().out
-    assert "All replicates use one negative model" in text
+    assert "All replicates use the same negative model" in text
     content = json.loads((output / "evaluation.json").read_text())
     assert content["values"].keys() == {"none", "cfg", "self-npo", "random"}
     assert imread(output / "precision_recall.png").size > 10_000

@@ -169,8 +169,8 @@ def test_the_commands_of_the_documentation(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fine_tune(DEMO_FOLDER, Path("runs/demo/negative"), 1)
     fine_tune(base, Path("runs/sd15/negative"), 2)
-    Path("runs/sd15-lora").mkdir()
-    save_both_loras(base, Path("runs/sd15-lora/negative"), 3)
+    Path("runs/dpo-lora").mkdir()
+    save_both_loras(base, Path("runs/dpo-lora/negative"), 3)
     for line in filter(None, block.splitlines()):
         if not line.startswith("#"):
             _, _, command, *arguments = shlex.split(line)
@@ -180,8 +180,8 @@ def test_the_commands_of_the_documentation(models, tmp_path, monkeypatch):
     assert {path.name for path in Path("runs/dpo-negative").iterdir()} == {"config.json", WEIGHTS}
 
     pipe = DiffusionPipeline.from_pretrained(base)
-    merged = type(pipe.unet).from_pretrained("runs/sd15-away").float()
-    pipe.load_lora_weights("runs/sd15-lora/negative")
+    merged = type(pipe.unet).from_pretrained("runs/dpo-away").float()
+    pipe.load_lora_weights("runs/dpo-lora/negative")
     inputs = (torch.randn(1, 4, 8, 8), 300, torch.randn(1, 77, tiny.WIDTH))
     with torch.no_grad():
         changed = pipe.unet(*inputs).sample
