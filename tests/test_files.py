@@ -11,7 +11,7 @@ from commands import QUICK, call
 from selfnpo.files import committed_file, committed_folder
 
 
-@pytest.fixture(params=[0o022, 0o027], ids=["022", "027"])
+@pytest.fixture(params=[pytest.param(0o022, marks=pytest.mark.slow), 0o027], ids=["022", "027"])
 def umask(request):
     before = os.umask(request.param)
     yield request.param
