@@ -13,7 +13,7 @@ from selfnpo.models import Source
 from selfnpo.models.origin import check_exists
 from selfnpo.options import NONE
 from selfnpo.output import check_output
-from selfnpo.sampling.config import ON_A_SHEET, RECORD, SampleConfig, check
+from selfnpo.sampling.config import ON_A_SHEET, RECORD, VIDEOS, SampleConfig, check
 
 if TYPE_CHECKING:
     from selfnpo.sampling.folder import SampleFolder
@@ -25,14 +25,14 @@ def output_file(config: SampleConfig, is_video: bool) -> Path:
     Raises:
         UserError: it cannot be written, or the format does not suit the samples.
     """
-    from selfnpo.sampling.video import SUFFIXES, check_video
+    from selfnpo.sampling.video import check_video
 
     movable = is_video and not config.is_sweep
     output = config.output or Path("samples.gif" if movable else "samples.png")
     if config.output is None and not config.overwrite:
         names = (output.with_stem(f"{output.stem}-{number}") for number in itertools.count(2))
         output = next(path for path in itertools.chain((output,), names) if not path.exists())
-    if output.suffix not in (".png", *(SUFFIXES if movable else ())):
+    if output.suffix not in (".png", *(VIDEOS if movable else ())):
         why = "a sweep is written as one picture" if is_video else "the model makes images"
         expected = ".png, .gif or .mp4" if movable else f".png, because {why}"
         raise UserError(f"output is {output}; expected a file name that ends in {expected}")
@@ -81,6 +81,8 @@ def check_files(config: SampleConfig) -> tuple[str, ...]:
             )
         if config.output.is_file() and not config.overwrite:
             raise UserError(f"output {config.output} exists; choose another name or pass --overwrite")
+        if config.output.suffix not in (".png", *VIDEOS):
+            raise UserError(f"output is {config.output}; expected a file name that ends in .png, .gif or .mp4")
     if config.output_dir is not None:
         check_folder(config.output_dir, config.overwrite)
     for name in filter(None, (config.negative, config.positive)):

@@ -195,11 +195,11 @@ def test_single_files(models, refused, tmp_path):
 @pytest.mark.parametrize(
     ("family", "flags", "sentence"),
     [
-        ("stable_diffusion", ["--resolution", 100], "height is 100; expected a multiple of 8 for this model, such as 96"),
+        ("stable_diffusion", ["--resolution", 100], "resolution is 100; expected a multiple of 8 for this model"),
         ("stable_diffusion_xl", ["--width", 4], "width is 4; expected a multiple of 8 for this model, such as 8"),
         ("cogvideox", ["--height", 72], "height is 72; expected a multiple of 16 for this model, such as 64"),
         ("cogvideox", ["--num_frames", 8], "num_frames is 8; expected a multiple of 4 plus 1, such as 9"),
-        ("unconditional", ["--resolution", 17], "height is 17; expected a multiple of 2"),
+        ("unconditional", ["--resolution", 17], "resolution is 17; expected a multiple of 2"),
         ("class_conditional", ["--resolution", 128], "the only size that this DiT supports"),
         ("stable_diffusion", ["--rank", 64], "rank is 64, which is too large for the layer"),
         ("stable_diffusion", ["--rank", 2, "--lora_target_modules", "to_x"], "lora_target_modules ['to_x'] match no layers"),

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -43,8 +42,7 @@ def sdist(tmp_path_factory) -> Path:
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
     done = run(sys.executable, "-c", code, cwd=checkout, PYTHONPATH=str(folder / "hide"))
     assert done.returncode == 0, done.stderr
-    with tarfile.open(folder / f"selfnpo-{selfnpo_kernels.__version__}.tar.gz") as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(folder / f"selfnpo-{selfnpo_kernels.__version__}.tar.gz", folder)
     return folder / f"selfnpo-{selfnpo_kernels.__version__}"
 
 

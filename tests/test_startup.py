@@ -75,6 +75,11 @@ def test_help_needs_no_pytorch(command):
         (("sample", "--negative", "nobody/nothing"), "nobody/nothing "),
         (("sample", "--negative", DEMO_FOLDER, "--output", "full/file"), "output full/file exists"),
         (("sample", "--negative", DEMO_FOLDER, "--output", "no/such.png"), "does not exist"),
+        (
+            ("sample", "--negative", DEMO_FOLDER, "--output", "x.tiff"),
+            "output is x.tiff; expected a file name that ends in .png",
+        ),
+        (("train", "--resolution", "64"), "resolution is 64, but the model is the embedded demo"),
         (("sample", "--guidance_scale", "0.5"), "guidance_scale is 0.5; expected a value above 1"),
         (("merge", "--beta", "2"), "beta is 2.0; expected a value from 0 to 1"),
         (("merge", "--negative", "no.safetensors"), "no.safetensors does not exist"),

@@ -109,7 +109,7 @@ def _percent(share: float) -> str:
 
 
 def _duration(hours: float, kind: str) -> str:
-    return f"{digits(hours)} {kind}-hours" if hours >= 0.001 else f"{digits(hours * 3600)} {kind}-seconds"
+    return f"{digits(hours)} {kind}-hours" if hours >= 0.03 else f"{digits(hours * 3600)} {kind}-seconds"
 
 
 def _with_prefix(value: float, unit: str) -> str:

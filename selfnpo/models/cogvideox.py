@@ -9,7 +9,7 @@ from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
 from torch import Tensor, nn
 
 from selfnpo.errors import UserError
-from selfnpo.models.family import Config, Family, multiple
+from selfnpo.models.family import Config, Family, check_size
 from selfnpo.options import SampleOptions
 
 FRAMES_PER_LATENT = 4  # the VAE's temporal compression
@@ -42,8 +42,7 @@ class CogVideoX(Family):
 
     def sample_shape(self, config: Config, scale: int, options: SampleOptions) -> tuple[int, ...]:
         height, width = options.size(config["sample_height"] * scale, config["sample_width"] * scale)
-        for name, value in (("height", height), ("width", width)):
-            multiple(name, value, scale * config["patch_size"])
+        check_size(options, (height, width), scale * config["patch_size"])
         frames = options.num_frames or config["sample_frames"]
         if frames < 1 or (frames - 1) % FRAMES_PER_LATENT:
             near = max(0, round((frames - 1) / FRAMES_PER_LATENT)) * FRAMES_PER_LATENT + 1

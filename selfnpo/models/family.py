@@ -140,8 +140,10 @@ def image_size(config: Config, scale: int, options: SampleOptions) -> tuple[int,
     return size
 
 
-def multiple(name: str, value: int, of: int) -> None:
-    """Raises: UserError unless `value` is a positive multiple."""
-    if value < of or value % of:
-        near = max(of, round(value / of) * of)
-        raise UserError(f"{name} is {value}; expected a multiple of {of} for this model, such as {near}")
+def check_size(options: SampleOptions, size: tuple[int, int], of: int) -> None:
+    """Raises: UserError unless height and width are positive multiples of `of`."""
+    for name, value in zip(("height", "width"), size, strict=True):
+        if value < of or value % of:
+            given = name if getattr(options, name) or not options.resolution else "resolution"
+            near = max(of, round(value / of) * of)
+            raise UserError(f"{given} is {value}; expected a multiple of {of} for this model, such as {near}")

@@ -57,6 +57,7 @@ class Source:
             self.layout = str(DEMO_FOLDER) if self.is_demo else name
         else:
             self.layout = options.single_file_config or recognise(self.file)
+        self._check_options()
         try:
             self.component, self.subfolder, self.config = self._find_denoiser()
         except UserError as error:
@@ -68,18 +69,22 @@ class Source:
             ) from error
         self.family = self._find_family()
         self.family.check(self.config)
-        self._check_options()
+        if isinstance(options, SampleOptions):
+            self.family.check_sample_options(options)
         if self.file is not None:
             from selfnpo.models.denoiser import check_single_file
 
             check_single_file(self.family.denoiser_class, self.file)
 
     def _check_options(self) -> None:
-        """Refuse options that would have no effect on this model, or that the demo does not support."""
+        """Refuse options that would have no effect on this model, or that the demo does not support.
+
+        This is done before `_find_family`, which imports diffusers and takes seconds.
+        """
         options = self.options
-        sizes = isinstance(options, SampleOptions)
         if self.is_demo:
-            for name in (*ONLY_OWN, *(field.name for field in fields(SampleOptions) if sizes)):
+            sizes = fields(SampleOptions) if isinstance(options, SampleOptions) else ()
+            for name in (*ONLY_OWN, *(field.name for field in sizes)):
                 if (value := getattr(options, name)) != getattr(type(options), name):
                     raise UserError(f"{name} is {value}, but {NOT_THE_DEMO}")
         for name, acts, why in (
@@ -91,8 +96,6 @@ class Source:
             value = getattr(options, name)
             if not acts and value != getattr(ModelOptions, name):
                 raise UserError(f"{name} is {value}, but {why}; leave it out")
-        if sizes:
-            self.family.check_sample_options(options)
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from selfnpo.errors import UserError
-from selfnpo.models.family import Config, Family, image_size, multiple
+from selfnpo.models.family import Config, Family, check_size, image_size
 from selfnpo.options import SampleOptions
 
 # The released script's values. The project's own defaults were only measured on small models.
@@ -47,8 +47,7 @@ class StableDiffusion(Family):
 
     def sample_shape(self, config: Config, scale: int, options: SampleOptions) -> tuple[int, ...]:
         height, width = image_size(config, scale, options)
-        for name, value in (("height", height), ("width", width)):
-            multiple(name, value, scale)
+        check_size(options, (height, width), scale)
         return config["in_channels"], height // scale, width // scale
 
     def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:

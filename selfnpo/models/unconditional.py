@@ -5,7 +5,7 @@ from typing import ClassVar
 from diffusers import UNet2DModel
 
 from selfnpo.errors import UserError
-from selfnpo.models.family import Config, Family, image_size, multiple
+from selfnpo.models.family import Config, Family, check_size, image_size
 from selfnpo.options import SampleOptions
 
 
@@ -31,6 +31,5 @@ class Unconditional(Family):
     def sample_shape(self, config: Config, scale: int, options: SampleOptions) -> tuple[int, ...]:
         height, width = image_size(config, scale, options)
         step = scale * 2 ** (len(config["block_out_channels"]) - 1)  # every level halves the size, without padding
-        for name, value in (("height", height), ("width", width)):
-            multiple(name, value, step)
+        check_size(options, (height, width), step)
         return config["in_channels"], height // scale, width // scale

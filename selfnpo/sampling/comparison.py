@@ -12,14 +12,14 @@ from torch import Tensor
 from selfnpo.config import preset_config
 from selfnpo.models import PretrainedModel, load_negative
 from selfnpo.options import ModelOptions, SampleOptions, changed
-from selfnpo.sampling.config import SampleConfig
+from selfnpo.sampling.config import VIDEOS, SampleConfig
 from selfnpo.sampling.ddim import plain_guidance, title
 from selfnpo.sampling.decode import decode_frames, decode_samples, open_vae
 from selfnpo.sampling.folder import SampleFolder, folder_names
 from selfnpo.sampling.metadata import png_text
 from selfnpo.sampling.picture import save_comparison, save_table, to_bytes
 from selfnpo.sampling.sweep import Method, methods, sweep
-from selfnpo.sampling.video import SUFFIXES, save_video
+from selfnpo.sampling.video import save_video
 
 
 class Comparison:
@@ -65,7 +65,7 @@ class Comparison:
         share = f", alpha = {config.alpha:g}" if config.positive else ""
         negatives = [f"negative, beta = {beta:g}{share}" for beta in config.beta]
         titles = [title(self._plain_name, plain.guidance_scale), title(negatives[0], guided.guidance_scale)]
-        if path.suffix in SUFFIXES:
+        if path.suffix in VIDEOS:
             videos = [[to_bytes(frames) for frames in decode_frames(base, latents[each], vae)] for each in (plain, guided)]
             save_video(path, titles, videos, config.fps, labels, png_text(settings)["selfnpo"])
             return

@@ -10,6 +10,7 @@ from selfnpo.errors import UserError
 from selfnpo.options import NONE, MixOptions, ModelOptions, Precision, SampleOptions
 
 RECORD = "samples.json"  # marks a folder that contains single samples
+VIDEOS = (".gif", ".mp4")
 ON_A_SHEET = 1000  # maximum number of images per method on a contact sheet
 
 

@@ -12,7 +12,6 @@ from selfnpo.errors import UserError
 from selfnpo.files import committed_file
 from selfnpo.sampling.text import draw_lines, font, line_height, wrap
 
-SUFFIXES = (".gif", ".mp4")
 GAP = 4  # pixels between videos
 SMALLEST = 256  # minimum width of a video in pixels; smaller ones are enlarged
 LARGEST = 28  # maximum font size of titles, in pixels

@@ -263,8 +263,8 @@ def test_the_closing_lines_without_a_gpu():
     hours = {"A100": 0.0317, "H100": 0.01, "H200": 0.0001}
     lines = described(CPU, 72, 0.2, None, samples_per_second=8996.0, predicted_gpu_hours=hours)
     assert lines.splitlines() == [
-        "0.02 CPU-hours, 9000 samples/s, 200 GFLOP/s",
-        "predicted at 31 % of peak: 0.0317 GPU-hours on an A100, 0.01 GPU-hours on an H100, 0.36 GPU-seconds on an H200",
+        "72 CPU-seconds, 9000 samples/s, 200 GFLOP/s",
+        "predicted at 31 % of peak: 0.0317 GPU-hours on an A100, 36 GPU-seconds on an H100, 0.36 GPU-seconds on an H200",
     ]
 
 

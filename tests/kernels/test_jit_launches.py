@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 CACHE = HERE.parents[1] / ".pytest_cache" / "triton"
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("architecture", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 100))])
 def test_every_triton_launch_compiles_as_the_jit_does_it(architecture):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, HERE / "jit_launches.py", str(architecture), "--json"]
