@@ -14,14 +14,14 @@ from selfnpo.models.origin import check_exists
 from selfnpo.options import DEMO
 from selfnpo.output import RESULTS, check_output, prepare_output
 from selfnpo.progress import lasting
+from selfnpo.training.without_effect import check_effect
 
 if TYPE_CHECKING:
     from selfnpo.training.trainer import Trainer
 
 
 def main(config: TrainConfig) -> int | None:
-    from selfnpo.budget.advice import advised, shortage
-    from selfnpo.budget.memory import memory_plan
+    from selfnpo.budget.advice import advised, planned
     from selfnpo.device import default_device, resolve
     from selfnpo.export.hub import create_repo
     from selfnpo.inputs.data import load_base, read_data
@@ -35,9 +35,7 @@ def main(config: TrainConfig) -> int | None:
     data = read_data(config, source)
     print(summary(config, source, data))
     needs = config, source, len(data.prompts), device
-    with lasting("planning memory"):
-        plan = memory_plan(*needs)
-    print(plan, shortage(plan, *needs), sep="\n", end="")
+    print(planned(*needs), end="")
     trainer = None
     with advised(*needs, lambda: trainer.last_checkpoint() if trainer else "nothing was written"):
         if config.push_to_hub:
@@ -88,7 +86,8 @@ def finish(trainer: "Trainer", source: Source, status: str) -> int | None:
 
 
 def check_early(config: TrainConfig) -> None:
-    """Checks that need neither the model nor PyTorch: the output folder and the input files."""
+    """Checks that need neither the model nor PyTorch: settings against each other, the output folder and the input files."""
+    check_effect(config, None)
     check_output(config.output_dir, config.overwrite, config.resume_from_checkpoint)
     if config.train_data_dir is not None:
         read_folder(config.train_data_dir)

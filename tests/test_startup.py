@@ -80,6 +80,7 @@ def test_help_needs_no_pytorch(command):
             "output is x.tiff; expected a file name that ends in .png",
         ),
         (("train", "--resolution", "64"), "resolution is 64, but the model is the embedded demo"),
+        (("train", "--num_rollout_steps", "3"), "num_rollout_steps is 3, but only --rollout data uses it"),
         (("sample", "--guidance_scale", "0.5"), "guidance_scale is 0.5; expected a value above 1"),
         (("merge", "--beta", "2"), "beta is 2.0; expected a value from 0 to 1"),
         (("merge", "--negative", "no.safetensors"), "no.safetensors does not exist"),

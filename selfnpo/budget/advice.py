@@ -16,9 +16,17 @@ from selfnpo.config import TrainConfig
 from selfnpo.device import free_memory, total_memory
 from selfnpo.errors import UserError, first_line, is_out_of_memory
 from selfnpo.models import Source
+from selfnpo.progress import lasting
 
 SHARE_OF_DEVICE = 0.9  # of its memory, for a new plan after running out of memory
 LORA_RANK = 16  # suggested instead of full weights
+
+
+def planned(config: TrainConfig, source: Source, prompts: int, device: torch.device) -> str:
+    """The memory plan as text, with a line of advice if it does not fit."""
+    with lasting("planning memory"):
+        plan = memory_plan(config, source, prompts, device)
+    return f"{plan}\n{shortage(plan, config, source, prompts, device)}"
 
 
 def shortage(plan: MemoryPlan, config: TrainConfig, source: Source, prompts: int, device: torch.device) -> str:

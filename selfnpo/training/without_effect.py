@@ -15,13 +15,8 @@ class Rule(NamedTuple):
     advice: str  # what uses them, and how to fix it
 
 
-RULES = (
-    Rule(("prompts", "prompt_dataset", "train_data_dir"), lambda _, source: not source.is_demo, NOT_THE_DEMO),
-    Rule(
-        ("prompts", "prompt_dataset"),
-        lambda _, source: source.family.takes_prompts,
-        "the model takes no prompts; leave it out",
-    ),
+# These depend on no model, and on no setting with a default of its own in some family.
+AMONG_SETTINGS = (
     Rule(("num_rollout_steps",), lambda c, _: c.rollout == "data", "only --rollout data uses it; add that or leave it out"),
     Rule(("pool_size",), lambda c, _: c.rollout == "pool", "only --rollout pool uses it; add that or leave it out"),
     Rule(("huber_c",), lambda c, _: c.loss == "huber", "only --loss huber uses it; add that or leave it out"),
@@ -29,11 +24,6 @@ RULES = (
         ("lora_alpha", "lora_target_modules"),
         lambda c, _: c.rank,
         "only a LoRA uses it; add --rank, such as 16, or leave it out",
-    ),
-    Rule(
-        ("lr_warmup_steps",),
-        lambda c, _: c.lr_scheduler != "constant" or not c.lr_warmup_steps,
-        "--lr_scheduler constant has no warmup; choose constant_with_warmup, linear or cosine, or leave it out",
     ),
     Rule(
         ("checkpointing_minutes",),
@@ -50,6 +40,20 @@ RULES = (
         ("overwrite",),
         lambda c, _: c.resume_from_checkpoint is None,
         "a resumed run replaces nothing; leave --overwrite or --resume_from_checkpoint out",
+    ),
+)
+RULES = (
+    *AMONG_SETTINGS,
+    Rule(("prompts", "prompt_dataset", "train_data_dir"), lambda _, source: not source.is_demo, NOT_THE_DEMO),
+    Rule(
+        ("prompts", "prompt_dataset"),
+        lambda _, source: source.family.takes_prompts,
+        "the model takes no prompts; leave it out",
+    ),
+    Rule(
+        ("lr_warmup_steps",),
+        lambda c, _: c.lr_scheduler != "constant" or not c.lr_warmup_steps,
+        "--lr_scheduler constant has no warmup; choose constant_with_warmup, linear or cosine, or leave it out",
     ),
     Rule(
         ("validation_prompt", "num_validation_images", "validation_guidance_scale"),
@@ -78,8 +82,8 @@ def _has_conditions(config: TrainConfig, source: Source) -> bool:
     return given or not family.null_is_empty_prompt
 
 
-def check_effect(config: TrainConfig, source: Source) -> None:
-    """Refuse a setting that the user changed but the run would not use.
+def check_effect(config: TrainConfig, source: Source | None) -> None:
+    """Refuse a setting that the user changed but the run would not use. Without a model, only AMONG_SETTINGS are checked.
 
     A config.yaml contains every setting of the run that wrote it, including its preset's values. So with --config, a value
     from any preset counts as unchanged.
@@ -88,8 +92,9 @@ def check_effect(config: TrainConfig, source: Source) -> None:
         UserError: for the first such setting.
     """
     presets = PRESETS if config.config else [config.preset]
-    usual = [preset_config(name, source.family.presets, config.rank > 0) for name in presets]
-    for rule in RULES:
+    of_family = source.family.presets if source else None
+    usual = [preset_config(name, of_family, config.rank > 0) for name in presets]
+    for rule in RULES if source else AMONG_SETTINGS:
         for name in _changed(config, usual, rule.names):
             if not rule.acts(config, source):
                 raise UserError(f"{name} is {_text(getattr(config, name))}, but {rule.advice}")
