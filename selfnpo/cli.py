@@ -107,8 +107,9 @@ def _flags(config_type: type) -> list[str]:
 def _unknown(word: str, config_type: type) -> str:
     if not word.startswith("-"):
         return f"unexpected argument '{word}'; expected flags and their values (--help lists them)"
-    name = word.split("=")[0]
-    similar = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), _flags(config_type), n=1)
+    name, flags = word.split("=")[0], _flags(config_type)
+    typed = name.lstrip("-").replace("-", "_")
+    similar = [flag for flag in flags if flag.startswith(typed)] or difflib.get_close_matches(typed, flags, n=1)
     return nearest(f"unknown flag {name}", [f"--{each}" for each in similar], "--help lists all flags")
 
 

@@ -17,7 +17,7 @@ from tyro.conf import arg
 from selfnpo.cli import as_flags, parse
 from selfnpo.errors import UserError, first_line
 from selfnpo.models.source import Source
-from selfnpo.options import ModelOptions, Precision, SampleOptions
+from selfnpo.options import DEMO, NONE, ModelOptions, Precision, SampleOptions
 
 
 def _preset_arg(*aliases: str) -> object:
@@ -43,7 +43,7 @@ class TrainConfig(SampleOptions, ModelOptions):
     resume_from_checkpoint: Annotated[str | None, arg(aliases=("--resume",))] = None
     """latest, or a checkpoint folder. The run continues exactly from there."""
 
-    prompts: str = "none"
+    prompts: str = NONE
     """File of training prompts: text with one per line, or .jsonl with "prompt", "text" or "caption". none: empty prompt."""
     prompt_dataset: str | None = None
     """Training prompts from a Hugging Face dataset, as NAME:COLUMN (pip install 'selfnpo[datasets]')."""
@@ -232,7 +232,9 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"config {path} could not be read: {error.strerror}; expected a YAML file") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"config {path} could not be read as YAML: {first_line(error)}") from error
+        where = getattr(error, "problem_mark", None)
+        why = f"{error.problem} in line {where.line + 1}" if where else first_line(error)
+        raise UserError(f"config {path} could not be read as YAML: {why}") from error
     if not isinstance(values, dict):
         raise UserError(f"config {path} contains no settings; expected lines of the form 'name: value'")
     return values
@@ -288,6 +290,17 @@ def check(config: TrainConfig) -> TrainConfig:
     if config.use_8bit_adam and not _is_installed("bitsandbytes"):
         raise UserError("use_8bit_adam needs the package bitsandbytes; run pip install 'selfnpo[bitsandbytes]'")
     return config
+
+
+def check_data(config: TrainConfig) -> None:
+    """Raise a UserError if images are missing, or given beside prompts."""
+    if config.train_data_dir is None and config.rollout == "data" and config.pretrained_model_name_or_path != DEMO:
+        raise UserError(
+            "rollouts start from data (--rollout data, or --preset released), but no images are given; pass "
+            "--train_data_dir FOLDER, or --rollout pool, which needs none"
+        )
+    if config.train_data_dir is not None and (config.prompts != NONE or config.prompt_dataset is not None):
+        raise UserError("prompts are given, but rollouts from images use the images' captions; leave out one of the two")
 
 
 def _is_installed(package: str) -> bool:

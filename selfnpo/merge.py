@@ -52,6 +52,7 @@ def check(config: MergeConfig) -> None:
 
 def main(config: MergeConfig) -> None:
     check(config)
+    config.name_default(config.pretrained_model_name_or_path)
     for name in filter(None, (config.negative, config.positive)):
         check_exists(str(name), config)
     print("loading PyTorch and diffusers")

@@ -15,6 +15,10 @@ def mixed(theta: Tensor, negative: Tensor, positive: Tensor | None, alpha: float
     return result if positive is None else result.add_(positive - theta, alpha=alpha)
 
 
+def same_weights(one: ModelMixin, other: ModelMixin) -> bool:
+    return all(weight.equal(its) for weight, its in zip(one.parameters(), other.parameters(), strict=True))
+
+
 @torch.no_grad()
 def mix_(
     negative: ModelMixin, base: ModelMixin, positive: ModelMixin | None = None, alpha: float = 1.0, beta: float = 1.0

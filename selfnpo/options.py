@@ -83,6 +83,11 @@ class MixOptions:
     force: bool = False
     """Allow alpha and beta outside [0, 1]."""
 
+    def name_default(self, model: str) -> None:
+        """Say which negative is used where none was given for a model other than the demo."""
+        if self.negative == MixOptions.negative and model != DEMO:
+            print(f"no negative was given with --negative, so this takes {self.negative}")
+
     def check_shares(self, betas: Sequence[float]) -> None:
         """Raise a UserError if alpha or a beta makes no sense."""
         for name, value in (("alpha", self.alpha), *(("beta", beta) for beta in betas)):

@@ -39,10 +39,16 @@ def check_output(folder: Path, overwrite: bool, resume: str | None = "") -> None
             f"output_dir {folder} has no intact checkpoint to resume from; choose another folder, or leave "
             "--resume_from_checkpoint out"
         )
-    if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
+    if resume and resume != "latest" and not Path(resume).is_dir():
         raise UserError(
-            f"output_dir {folder} exists and is not empty; choose another, pass --overwrite to replace its results"
-            + (", or --resume_from_checkpoint latest to continue" if resume is None and list_checkpoints(folder) else "")
+            f"resume_from_checkpoint is {resume}, which is not a folder; expected latest, or a checkpoint such as "
+            f"{folder / 'checkpoint-1000'}"
+        )
+    if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
+        goes_on = resume is None and list_checkpoints(folder)
+        raise UserError(
+            f"output_dir {folder} exists and is not empty; choose another or pass --overwrite to replace its results"
+            + (", or --resume_from_checkpoint latest to continue" if goes_on else "")
         )
     try:
         tempfile.TemporaryFile(dir=existing).close()

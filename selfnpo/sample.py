@@ -103,6 +103,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 
 def main(config: SampleConfig) -> None:
     check(config)
+    config.name_default(config.pretrained_model_name_or_path)
     prompts = check_files(config)
     print("loading PyTorch and diffusers")
     source = Source(config)

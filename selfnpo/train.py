@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from selfnpo.cli import run
-from selfnpo.config import TrainConfig, parse_config
+from selfnpo.config import TrainConfig, check_data, parse_config
 from selfnpo.inputs.folder import read_folder
 from selfnpo.inputs.prompts import read_prompts
 from selfnpo.models import Source
 from selfnpo.models.origin import check_exists
-from selfnpo.options import DEMO
+from selfnpo.options import DEMO, NONE
 from selfnpo.output import RESULTS, check_output, prepare_output
 from selfnpo.progress import lasting
 from selfnpo.training.without_effect import check_effect
@@ -87,14 +87,15 @@ def finish(trainer: "Trainer", source: Source, status: str) -> int | None:
 
 def check_early(config: TrainConfig) -> None:
     """Checks that need neither the model nor PyTorch: settings against each other, the output folder and the input files."""
-    check_effect(config, None)
+    check_data(config)
     check_output(config.output_dir, config.overwrite, config.resume_from_checkpoint)
     if config.train_data_dir is not None:
         read_folder(config.train_data_dir)
-    elif config.prompt_dataset is None:
-        read_prompts(config.prompts)
+    elif config.prompts != NONE:
+        read_prompts(config.prompts, config.prompt_dataset)
     for name in filter(None, (config.denoiser_name_or_path, config.lora_name_or_path)):
         check_exists(name, config)
+    check_effect(config, None)
     if config.pretrained_model_name_or_path == DEMO:
         print("no model was given with --pretrained_model_name_or_path, so this trains the embedded demo")
     print("loading PyTorch and diffusers")

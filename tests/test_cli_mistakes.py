@@ -30,11 +30,11 @@ from selfnpo.models import DEMO_FOLDER
         (["--checkpointing_steps", "-5"], "checkpointing_steps is -5; expected a value from 0 to 10000000"),
         (["--config", "absent.yaml"], "config absent.yaml could not be read"),
         (["--resume_from_checkpoint", "latest"], "has no intact checkpoint"),
-        (["--resume_from_checkpoint", "nowhere"], "nowhere is not an intact checkpoint"),
+        (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint is nowhere, which is not a folder"),
         (["--output_dir", "/proc/selfnpo"], "output_dir /proc/selfnpo cannot be written"),
         (
             ["--pretrained_model_name_or_path", "nothing/here"],
-            "nothing/here was not found locally or on the hub; expected 'demo', a diffusers folder",
+            "nothing/here was not found locally or on the hub; expected a diffusers folder",
         ),
     ],
 )

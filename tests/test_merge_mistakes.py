@@ -95,7 +95,7 @@ def test_folders_that_hold_something(models, tmp_path, refused, merged, monkeypa
     negative, out = fine_tune(base, tmp_path / "negative", 1), tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("{}")
-    refused(base, negative, "exists and is not empty; choose another, pass --overwrite to replace")
+    refused(base, negative, "exists and is not empty; choose another or pass --overwrite to replace")
     (out / "thesis.txt").write_text("mine")
     refused(
         base, negative, "out contains thesis.txt, which is not part of a merged model; choose another folder", "--overwrite"

@@ -56,6 +56,14 @@ def test_models_that_are_not_there(refused, model, sentence):
     refused(model, sentence)
 
 
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"])
+def test_a_damaged_file_of_a_base_is_named(models, refused, tmp_path, part):
+    shutil.copytree(models("stable_diffusion"), tmp_path / "base")
+    file = tmp_path / "base" / f"{part}.safetensors"
+    file.write_bytes(file.read_bytes()[:3000])
+    refused(tmp_path / "base", f"{file} could not be read as safetensors")
+
+
 def test_a_local_model_is_asked_for_where_the_hub_must_not_be(refused):
     refused("nobody/no-such-model", "was not found locally or on the hub", "--local_files_only")
 
@@ -293,7 +301,7 @@ def test_a_lora_and_a_unet_for_another_base(models, refused, tmp_path, capsys):
 def test_the_folder_of_another_run(models, refused, tmp_path):
     model = models("stable_diffusion")
     assert call("train", *SHORT, "--pretrained_model_name_or_path", model, "--output_dir", tmp_path / "out") == 0
-    refused(model, "exists and is not empty; choose another, pass --overwrite")
+    refused(model, "exists and is not empty; choose another or pass --overwrite")
     refused(model, "the checkpoint was made with rank = 0, got 2", "--resume_from_checkpoint", "latest", "--rank", 2)
     unet = UNet2DConditionModel.from_pretrained(model / "unet")
     next(unet.parameters()).data.add_(1)

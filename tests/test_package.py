@@ -46,6 +46,16 @@ def sdist(tmp_path_factory) -> Path:
     return folder / f"selfnpo-{selfnpo_kernels.__version__}"
 
 
+def test_no_folder_hides_an_editable_install(sdist, tmp_path):
+    """As the clone, named selfnpo, does for a script beside it, if the install is an import hook instead of a path."""
+    code = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
+    assert run(sys.executable, "-c", code, cwd=sdist, SELFNPO_NO_EXTENSION="1").returncode == 0
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        installed = [name for name in wheel.namelist() if ".dist-info/" not in name]
+        assert installed == [f"__editable__.selfnpo-{selfnpo_kernels.__version__}.pth"]
+        assert wheel.read(installed[0]).decode().strip() == str(sdist)
+
+
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory) -> Path:
     """Built from the source distribution, offline, as `--no-build-isolation --no-deps` promises."""

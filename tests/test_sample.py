@@ -101,6 +101,14 @@ def test_a_cell_of_a_sweep_is_the_comparison_at_its_values(sample, perturbed, sh
             assert not shown[plain].equal(shown[guided])
 
 
+def test_a_negative_that_is_the_base_itself_is_named(sample, models, capsys):
+    warning = "has the weights of the base itself, so it changes nothing; expected a fine-tune"
+    assert sample("unconditional", "--negative", models("unconditional"), "--output", "base.png") == 0
+    assert f"warning: {models('unconditional')} {warning}" in capsys.readouterr().out
+    assert sample("unconditional") == 0
+    assert warning not in capsys.readouterr().out
+
+
 def test_plain_guidance_is_of_the_base_alone_and_sampled_once_per_scale(sample, shown, models, monkeypatch):
     calls = []
     monkeypatch.setattr(sweep, "ddim_sample", lambda *args: calls.append(args) or ddim_sample(*args))
@@ -248,6 +256,7 @@ def test_a_file_takes_its_place_whole_or_not_at_all(tmp_path):
         ("unconditional", ["--output", "/proc/x.png"], "output /proc/x.png cannot be written"),
         ("unconditional", ["--positive", "nowhere"], "nowhere was not found locally or on the hub"),
         ("unconditional", ["--num_images", 1001], "from 1 to 1000; pass --output_dir for more"),
+        ("unconditional", ["--negative", "demo"], "demo is the embedded model, which only --pretrained_model"),
         ("class_conditional", ["--prompts", "p.txt"], "prompt and prompts are both given; leave one of the two out"),
         ("unconditional", ["--prompts", "p.txt"], "prompts p.txt could not be read: No such file or directory"),
         ("unconditional", ["--output", "x.png", "--output_dir", "x"], "output and output_dir are both given"),

@@ -80,6 +80,17 @@ def test_help_needs_no_pytorch(command):
             "output is x.tiff; expected a file name that ends in .png",
         ),
         (("train", "--resolution", "64"), "resolution is 64, but the model is the embedded demo"),
+        (("train", "--prompts", "full/file", "--prompt_dataset", "a:b"), "prompts and prompt_dataset are both given"),
+        (("train", "--prompts", "prompts.txt"), "prompts is prompts.txt, but the model is the embedded demo"),
+        (("train", "--model", "flow", "--preset", "released"), "but no images are given; pass --train_data_dir"),
+        (("train", "--model", "full", "--resume", "no"), "resume_from_checkpoint is no, which is not a folder"),
+        (("train", "--model", "run"), "run is the folder of a training run; did you mean run/negative?"),
+        (("train", "--pretrained_model", "x"), "did you mean --pretrained_model_name_or_path?"),
+        (("train", "--config", "bad.yaml"), "bad.yaml could not be read as YAML: expected"),
+        (("train", "--lora_name_or_path", "../no/lora"), "../no/lora does not exist; expected a diffusers folder"),
+        (("train", "--model", "full", "--lora_name_or_path", "run/negative", "--lora_scale", "0"), "LoRA would do nothing"),
+        (("sample", "--negative", "demo"), "demo is the embedded model"),
+        (("sample", "--model", "full"), "runs/demo/negative does not exist"),
         (("train", "--num_rollout_steps", "3"), "num_rollout_steps is 3, but only --rollout data uses it"),
         (("sample", "--guidance_scale", "0.5"), "guidance_scale is 0.5; expected a value above 1"),
         (("merge", "--beta", "2"), "beta is 2.0; expected a value from 0 to 1"),
@@ -95,6 +106,10 @@ def test_mistakes_need_no_pytorch(arguments, sentence, tmp_path, monkeypatch):
     (tmp_path / "full" / "file").touch()
     (tmp_path / "flow" / "transformer").mkdir(parents=True)
     (tmp_path / "flow" / "transformer" / "config.json").write_text('{"_class_name": "SD3Transformer2DModel"}')
+    (tmp_path / "run" / "negative").mkdir(parents=True)
+    (tmp_path / "run" / "negative" / "config.json").write_text("{}")
+    (tmp_path / "prompts.txt").write_text("a cat")
+    (tmp_path / "bad.yaml").write_text("rank: 1\nseed: [")
     before = {*tmp_path.rglob("*")}
     done = selfnpo(*arguments, PYTHONPATH=str(Path(__file__).parents[1]))
     errors = done.stderr.removesuffix("imported:\n")

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from selfnpo.config import TrainConfig
+from selfnpo.config import TrainConfig, check_data
 from selfnpo.device import dtype_of
 from selfnpo.errors import UserError
 from selfnpo.inputs.folder import read_folder
@@ -28,16 +28,10 @@ def read_data(config: TrainConfig, source: Source) -> TrainData:
     Raises:
         UserError: they cannot be read, or do not fit the model.
     """
+    check_data(config)
     if config.train_data_dir is None:
-        if config.rollout == "data" and not source.is_demo:
-            raise UserError(
-                "rollouts start from data (--rollout data, or --preset released), but no images are given; pass "
-                "--train_data_dir FOLDER, or --rollout pool, which needs none"
-            )
         prompts = read_prompts(config.prompts, config.prompt_dataset, config.local_files_only)
         return TrainData(_needed(prompts, config), [], [])
-    if config.prompts != "none" or config.prompt_dataset is not None:
-        raise UserError("prompts are given, but rollouts from images use the images' captions; leave out one of the two")
     files, captions = read_folder(config.train_data_dir)
     return TrainData([*dict.fromkeys(captions)] if source.family.takes_prompts else [""], files, captions)
 

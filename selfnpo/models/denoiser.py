@@ -50,7 +50,10 @@ def load_denoiser(
                 )  # fmt: skip
     except Exception as error:  # diffusers raises many kinds, also from the parsers beneath it
         whole = "DiffusionPipeline" if origin == layout else kind.__name__
-        why = why_not_loaded(origin, subfolder, options, whole) if isinstance(origin, str) else None
+        why = None
+        if isinstance(origin, str):
+            check_headers(Path(origin) / subfolder)
+            why = why_not_loaded(origin, subfolder, options, whole)
         told = f"{origin} could not be loaded as a {kind.__name__} from safetensors: {reason(error)}"
         raise UserError(why or told) from error
     check_complete(model, str(origin))
@@ -137,8 +140,7 @@ def check_replacement(
                 why_not_loaded(name, subfolder, options, kind.__name__)
                 or f"{name} contains no weights; expected {kind.__name__} weights in a *{SINGLE_FILE} file next to {where}"
             )
-        for file in (Path(name) / subfolder).glob(f"*{SINGLE_FILE}"):
-            _headers(file)
+        check_headers(Path(name) / subfolder)
         model = empty_denoiser(kind, config)
     check_same_architecture(name, expected, shapes_of(model))
 
@@ -163,6 +165,12 @@ def _locate(
     if options.variant and options.variant not in weight_variants(name, subfolder, options):
         options = replace(options, variant=None)
     return name, subfolder, options
+
+
+def check_headers(folder: Path) -> None:
+    """Raise a UserError that names a damaged safetensors file; diffusers' own message does not."""
+    for file in folder.glob(f"*{SINGLE_FILE}"):
+        _headers(file)
 
 
 def _headers(file: Path) -> dict[str, torch.Tensor]:

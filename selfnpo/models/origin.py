@@ -9,10 +9,11 @@ from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from selfnpo.errors import UserError, first_line
-from selfnpo.options import ModelOptions
+from selfnpo.options import DEMO, ModelOptions
 from selfnpo.progress import lasting
 
 SINGLE_FILE = ".safetensors"
+EXPECTED = f"expected a diffusers folder, a {SINGLE_FILE} file or a Hugging Face id"
 UNSAFE = (".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -21,11 +22,15 @@ def find(origin: str, filename: str, options: ModelOptions) -> Path | None:
     folder = Path(origin)
     if folder.is_dir():
         path = folder / filename
-        return path if path.is_file() else None
+        if path.is_file():
+            return path
+        if (folder / "negative").is_dir() and not any(
+            (folder / name).is_file() for name in ("config.json", "model_index.json")
+        ):
+            raise UserError(f"{origin} is the folder of a training run; did you mean {folder / 'negative'}?")
+        return None
     if folder.exists():
-        raise UserError(
-            f"{origin} is not a {SINGLE_FILE} file; expected a diffusers folder, a Hugging Face id or a {SINGLE_FILE} file"
-        )
+        raise UserError(f"{origin} is not a {SINGLE_FILE} file; {EXPECTED}")
     try:
         with lasting(f"looking for {origin} on the hub"):
             return Path(
@@ -37,7 +42,9 @@ def find(origin: str, filename: str, options: ModelOptions) -> Path | None:
         raise unreachable(origin, error) from error
     except EntryNotFoundError:
         return None
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except HFValidationError:  # its text is about names on the hub, but this is a path
+        raise UserError(f"{origin} does not exist; {EXPECTED}") from None
+    except (HfHubHTTPError, OSError, ValueError) as error:
         raise unreachable(origin, error) from error
 
 
@@ -49,8 +56,8 @@ def check_exists(name: str, options: ModelOptions) -> None:
             raise UserError(f"{name} does not exist; expected a {SINGLE_FILE} file, a folder or a Hugging Face id")
         return
     path = Path(name)
-    if (path / "negative").is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"{name} is the folder of a training run; did you mean {path / 'negative'}?")
+    if name == DEMO and not path.exists():
+        raise UserError(f"{name} is the embedded model, which only --pretrained_model_name_or_path accepts; {EXPECTED}")
     if not path.exists() and path.parent.name and path.parent.is_dir():
         similar = difflib.get_close_matches(path.name, [each.name for each in path.parent.iterdir()], n=1)
         if similar:
@@ -69,10 +76,7 @@ def _cached(origin: str) -> bool:
 
 
 def unreachable(origin: str, error: Exception) -> UserError:
-    return UserError(
-        f"{origin} was not found locally or on the hub; expected 'demo', a diffusers folder, a {SINGLE_FILE} file or a "
-        f"Hugging Face id ({first_line(error)})"
-    )
+    return UserError(f"{origin} was not found locally or on the hub; {EXPECTED} ({first_line(error)})")
 
 
 @cache

@@ -92,6 +92,7 @@ class Source:
             ("variant", self.file is None or options.denoiser_name_or_path, f"{self.file} is a single file"),
             ("single_file_config", self.file, f"{self.name} is not a single file"),
             ("lora_scale", options.lora_name_or_path, "no LoRA is merged into the base (--lora_name_or_path)"),
+            ("lora_scale", options.lora_scale, "then the LoRA would do nothing"),
         ):
             value = getattr(options, name)
             if not acts and value != getattr(ModelOptions, name):
@@ -169,9 +170,7 @@ class Source:
             if self.options.prediction_type is not None:
                 config["prediction_type"] = self.options.prediction_type
             return scheduler_class.from_config(config)
-        raise UserError(
-            f"{self.name} has no scheduler/scheduler_config.json; expected 'demo' or a complete diffusers pipeline"
-        )
+        raise UserError(f"{self.name} has no scheduler/scheduler_config.json; expected a complete diffusers pipeline")
 
     @cached_property
     def scale(self) -> int:
@@ -188,7 +187,10 @@ class Source:
         return self._json("vae/config.json") is not None
 
     def check_vae(self) -> None:
-        """Raise a UserError early if the VAE's weights are missing locally. On the hub they are assumed to exist."""
+        """Raise a UserError early if the VAE's weights are missing or damaged. Those on the hub are trusted."""
+        from selfnpo.models.denoiser import check_headers
+
+        check_headers(Path(self.layout) / "vae")
         is_here = self.file is None and (Path(self.layout).is_dir() or offline(self.options))
         if is_here and self.has_vae and not weight_variants(self.layout, "vae", self.options):
             why = why_not_loaded(self.layout, "vae", self.options, "DiffusionPipeline")
@@ -253,7 +255,7 @@ class Source:
         from packaging.version import Version
         from torch import nn
 
-        from selfnpo.models.denoiser import check_complete, reason
+        from selfnpo.models.denoiser import check_complete, check_headers, reason
         from selfnpo.models.foreign import silent
 
         dtype_name = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
@@ -279,6 +281,8 @@ class Source:
                     )  # fmt: skip
         except Exception as error:  # as above
             parts = wanted if self.file is None else ()
+            for name in parts:
+                check_headers(Path(self.layout) / name)
             why = (why_not_loaded(self.layout, name, options, "DiffusionPipeline") for name in parts)
             told = f"{', '.join(wanted)} of {self.name} could not be loaded from safetensors: {reason(error)}"
             raise UserError(next(filter(None, why), told)) from error

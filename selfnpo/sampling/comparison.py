@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from selfnpo.config import preset_config
+from selfnpo.mixing import same_weights
 from selfnpo.models import PretrainedModel, load_negative
 from selfnpo.options import ModelOptions, SampleOptions, changed
 from selfnpo.sampling.config import VIDEOS, SampleConfig
@@ -46,6 +47,10 @@ class Comparison:
         config, base = self.config, self.base
         negative = load_negative(config.negative, base)
         tuned = load_negative(config.positive, base) if config.positive else None
+        if same_weights(negative, base.denoiser):
+            print(
+                f"warning: {config.negative} has the weights of the base itself, so it changes nothing; expected a fine-tune"
+            )
         batch_size = config.batch_size or preset_config("default", base.family.presets).train_batch_size
         wanted = [method for row in self.methods for method in row]
         return sweep(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from selfnpo.config import PRESETS, TrainConfig, preset_config
 from selfnpo.errors import UserError
 from selfnpo.models import NOT_THE_DEMO, Source
-from selfnpo.options import NONE
+from selfnpo.options import DEMO, NONE
 
 
 class Rule(NamedTuple):
@@ -15,8 +15,11 @@ class Rule(NamedTuple):
     advice: str  # what uses them, and how to fix it
 
 
-# These depend on no model, and on no setting with a default of its own in some family.
+# These depend on nothing in the model's files, and on no setting with a default of its own in some family.
 AMONG_SETTINGS = (
+    Rule(
+        ("prompts", "prompt_dataset", "train_data_dir"), lambda c, _: c.pretrained_model_name_or_path != DEMO, NOT_THE_DEMO
+    ),
     Rule(("num_rollout_steps",), lambda c, _: c.rollout == "data", "only --rollout data uses it; add that or leave it out"),
     Rule(("pool_size",), lambda c, _: c.rollout == "pool", "only --rollout pool uses it; add that or leave it out"),
     Rule(("huber_c",), lambda c, _: c.loss == "huber", "only --loss huber uses it; add that or leave it out"),
@@ -41,10 +44,14 @@ AMONG_SETTINGS = (
         lambda c, _: c.resume_from_checkpoint is None,
         "a resumed run replaces nothing; leave --overwrite or --resume_from_checkpoint out",
     ),
+    Rule(
+        ("validation_prompt", "num_validation_images", "validation_guidance_scale"),
+        lambda c, _: c.validation_steps or c.pretrained_model_name_or_path != DEMO,
+        "the demo makes its own comparison at the end; add --validation_steps, such as 500, or leave it out",
+    ),
 )
 RULES = (
     *AMONG_SETTINGS,
-    Rule(("prompts", "prompt_dataset", "train_data_dir"), lambda _, source: not source.is_demo, NOT_THE_DEMO),
     Rule(
         ("prompts", "prompt_dataset"),
         lambda _, source: source.family.takes_prompts,
@@ -54,11 +61,6 @@ RULES = (
         ("lr_warmup_steps",),
         lambda c, _: c.lr_scheduler != "constant" or not c.lr_warmup_steps,
         "--lr_scheduler constant has no warmup; choose constant_with_warmup, linear or cosine, or leave it out",
-    ),
-    Rule(
-        ("validation_prompt", "num_validation_images", "validation_guidance_scale"),
-        lambda c, source: c.validation_steps or not source.is_demo,
-        "the demo makes its own comparison at the end; add --validation_steps, such as 500, or leave it out",
     ),
     Rule(
         ("condition_dropout", "rollout_guidance_scale"),

@@ -104,7 +104,7 @@ def test_samples_are_replaced_only_if_asked(write, tmp_path, capsys, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr("selfnpo.models.loading.load_pretrained", None)
         assert write("--num_images", 2) == 2
-    assert "output_dir out exists and is not empty; choose another, pass --overwrite" in capsys.readouterr().err
+    assert "output_dir out exists and is not empty; choose another or pass --overwrite" in capsys.readouterr().err
     assert files(tmp_path) == before
     assert write("--num_images", 1, "--seed", 1, "--guidance_scales", 2, 3, "--overwrite") == 0
     made = [

@@ -25,7 +25,8 @@ def add_lora(model: ModelMixin, lora: LoraConfig, name: str) -> dict[str, nn.Par
             inject_adapter_in_model(lora, model, name)
     except ValueError as error:
         targets = sorted(lora.target_modules)
-        raise UserError(f"lora_target_modules {targets} match no layers: {first_line(error)}") from error
+        why = first_line(error).partition(". Please")[0]  # the rest is advice for callers of peft
+        raise UserError(f"lora_target_modules {targets} match no layers: {why}") from error
     for path, layer in lora_layers(model).items():
         largest = min(len(layer.weight), layer.weight[0].numel())
         if lora.r > largest:
