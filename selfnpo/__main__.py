@@ -3,8 +3,8 @@
 import difflib
 import sys
 from importlib import import_module
-from importlib.metadata import version
 
+from selfnpo import __version__
 from selfnpo.cli import nearest, run
 from selfnpo.errors import UserError
 
@@ -30,7 +30,7 @@ def dispatch() -> int | None:
         print("\nselfnpo COMMAND --help explains a command; python -m selfnpo.COMMAND is the same.")
         return None
     if name == "--version":
-        print(f"selfnpo {version('selfnpo')}")
+        print(f"selfnpo {__version__}")
         return None
     if name not in COMMANDS:
         similar = difflib.get_close_matches(name, (*COMMANDS, "--help", "--version"), n=1)

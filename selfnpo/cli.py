@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import io
 import logging
 import os
@@ -18,6 +19,7 @@ import tyro
 from selfnpo.errors import UserError
 
 Config = TypeVar("Config")
+FULL_OR_UNNAMEABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.EROFS)
 BACKENDS = ("reference", "cpp", "triton")  # of selfnpo_kernels.dispatch, which imports PyTorch
 
 
@@ -27,6 +29,7 @@ def parse(config_type: type[Config], args: Sequence[str] | None = None, default:
     Raises:
         UserError: an unknown flag, an invalid value, or a SELFNPO_BACKEND that cannot run here.
     """
+    _check_text(config_type, sys.argv[1:] if args is None else args)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -42,6 +45,16 @@ def parse(config_type: type[Config], args: Sequence[str] | None = None, default:
     if "SELFNPO_BACKEND" in os.environ:
         _check_backend()
     return config
+
+
+def _check_text(config_type: type, args: Sequence[str]) -> None:
+    """Raise a UserError for text that is not UTF-8, and for empty names and paths."""
+    for word in args:
+        if not word.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in word):
+            raise UserError(f"the argument {word!a} is not UTF-8; expected UTF-8 (PYTHONUTF8=1 reads it in any locale)")
+    for name, hint in get_type_hints(config_type).items():
+        if {str, Path} & {hint, *get_args(hint)} and get_origin(hint) is not tuple and "" in _values_of([name], args):
+            raise UserError(f"{name} is empty; expected a name or a path, or leave it out")
 
 
 def _program() -> str | None:
@@ -152,6 +165,14 @@ def run(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it exits
+        code = 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in FULL_OR_UNNAMEABLE:
+            raise
+        print(f"error: {error.filename or 'the output'} could not be written: {error.strerror}", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         print("interrupted; nothing more was written", file=sys.stderr)
         code = 128 + signal.SIGINT
@@ -163,6 +184,9 @@ def _only_our_own_lines() -> None:
 
     To see the libraries' messages, set their own variables, such as DIFFUSERS_VERBOSITY=info.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     sys.stdout.reconfigure(line_buffering=True)  # also when output goes to a file
     for name, value in (
         ("DIFFUSERS_VERBOSITY", "error"),

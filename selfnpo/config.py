@@ -6,6 +6,7 @@ their names from kohya's scripts and from the authors' released code.
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -272,7 +273,7 @@ def check(config: TrainConfig) -> TrainConfig:
         value = getattr(config, name)
         if not low <= value <= high:  # also catches NaN
             raise UserError(f"{name} is {value}; expected a value from {low} to {high}")
-    if config.lora_alpha is not None and not config.lora_alpha > 0:
+    if config.lora_alpha is not None and not 0 < config.lora_alpha < math.inf:
         raise UserError(f"lora_alpha is {config.lora_alpha}; expected a positive number, usually the rank")
     scale = config.validation_guidance_scale
     if scale is not None and not 1 < scale <= 100:
@@ -281,8 +282,11 @@ def check(config: TrainConfig) -> TrainConfig:
         raise UserError(
             f"train_data_dir is given, but rollout is {config.rollout}; expected --rollout data or --preset released"
         )
-    if config.max_relative_delta is not None and not config.max_relative_delta > 0:
+    if config.max_relative_delta is not None and not 0 < config.max_relative_delta < math.inf:
         raise UserError(f"max_relative_delta is {config.max_relative_delta}; expected a positive number, such as 0.05")
+    for name in filter(None, (config.pretrained_model_name_or_path, config.denoiser_name_or_path, config.lora_name_or_path)):
+        if config.overwrite and Path(name).resolve().is_relative_to((config.output_dir / "negative").resolve()):
+            raise UserError(f"--overwrite would replace {name}, which this run starts from; choose another output_dir")
     if config.report_to != "none" and not _is_installed(config.report_to):
         raise UserError(
             f"report_to is {config.report_to}, which is not installed; run pip install 'selfnpo[{config.report_to}]'"

@@ -1,6 +1,5 @@
 """python -m selfnpo.merge: theta + alpha eta + beta delta, or theta - k delta, written as one model."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from selfnpo.cli import parse, run
 from selfnpo.errors import UserError
 from selfnpo.models import Source
 from selfnpo.models.origin import check_exists
-from selfnpo.options import MixOptions, ModelOptions
+from selfnpo.options import LARGEST, MixOptions, ModelOptions
 from selfnpo.output import check_output
 
 # The files of a model, as diffusers names them.
@@ -36,12 +35,17 @@ class MergeConfig(MixOptions, ModelOptions):
 def check(config: MergeConfig) -> None:
     k = config.extrapolate
     if k is not None:
-        if not 0 < k < math.inf:
-            raise UserError(f"extrapolate is {k}; expected a finite number above 0, the k of theta - k delta")
+        if not 0 < k < LARGEST:
+            raise UserError(
+                f"extrapolate is {k}; expected a finite number above 0 and below {LARGEST:,}, the k of theta - k delta"
+            )
         if config.positive is not None or (config.alpha, config.beta) != (1, 1):
             raise UserError("extrapolate writes theta - k delta and nothing else; leave out --positive, --alpha and --beta")
     config.check_shares([config.beta])
     folder = config.output_dir
+    for name in map(str, filter(None, (config.pretrained_model_name_or_path, config.negative, config.positive))):
+        if folder.is_dir() and folder.resolve().is_relative_to(Path(name).resolve()):
+            raise UserError(f"output_dir {folder} lies in {name}, which the result would change; choose another folder")
     check_output(folder, config.overwrite)
     others = sorted(path.name for path in folder.glob("*") if not any(map(path.match, RESULTS)))
     if others:

@@ -1,6 +1,5 @@
 """Settings that several commands share. Nothing heavy is imported here, so that `--help` and mistakes are answered fast."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from selfnpo.errors import UserError
 
 DEMO = "demo"  # instead of a model: the class-conditional DiT on 8x8 digits that comes with the package
 NONE = "none"  # instead of a prompt file
+LARGEST = 1_000_000  # magnitude of a share in a mixture
 Precision = Literal["auto", "no", "fp16", "bf16"]
 Split = Literal["final", "development"]  # of the digits; see selfnpo/inputs/digits.py
 
@@ -91,8 +91,8 @@ class MixOptions:
     def check_shares(self, betas: Sequence[float]) -> None:
         """Raise a UserError if alpha or a beta makes no sense."""
         for name, value in (("alpha", self.alpha), *(("beta", beta) for beta in betas)):
-            if not (math.isfinite(value) if self.force else 0 <= value <= 1):
-                hint = "a finite number" if self.force else "a value from 0 to 1, or any with --force"
+            if not (abs(value) < LARGEST if self.force else 0 <= value <= 1):
+                hint = f"a finite number below {LARGEST:,}" if self.force else "a value from 0 to 1, or any with --force"
                 raise UserError(f"{name} is {value}; expected {hint}")
         if self.alpha != 1 and self.positive is None:
             raise UserError(

@@ -13,7 +13,7 @@ from selfnpo.models import Source
 from selfnpo.models.origin import check_exists
 from selfnpo.options import NONE
 from selfnpo.output import check_output
-from selfnpo.sampling.config import ON_A_SHEET, RECORD, VIDEOS, SampleConfig, check
+from selfnpo.sampling.config import FPS, FPS_OF_GIF, ON_A_SHEET, RECORD, VIDEOS, SampleConfig, check
 
 if TYPE_CHECKING:
     from selfnpo.sampling.folder import SampleFolder
@@ -39,11 +39,15 @@ def output_file(config: SampleConfig, is_video: bool) -> Path:
     if output.is_dir():
         raise UserError(f"output {output} is a folder; choose another name")
     check_video(output)
-    try:
-        tempfile.TemporaryFile(dir=output.parent).close()
-    except OSError as error:
-        raise UserError(f"output {output} cannot be written: {error.strerror}; choose another folder") from error
+    check_writable(output)
     return output
+
+
+def check_writable(output: Path) -> None:
+    try:
+        tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}").close()
+    except OSError as error:
+        raise UserError(f"output {output} cannot be written: {error.strerror}; choose another") from error
 
 
 def output_folder(config: SampleConfig, is_video: bool) -> "SampleFolder":
@@ -63,12 +67,22 @@ def output_folder(config: SampleConfig, is_video: bool) -> "SampleFolder":
 
 def image_count(config: SampleConfig, prompts: Sequence[str], usual: int) -> int:
     """Number of images or videos per method."""
+    if config.num_images and config.num_images < len(prompts):
+        print(f"note: num_images is {config.num_images}, so not all {len(prompts)} prompts are used")
     if config.output_dir is not None:
         return config.num_images or len(prompts) or usual
     count = config.num_images or max(usual, len(prompts))
     if count > ON_A_SHEET:
         raise UserError(f"got {count} prompts, but a contact sheet holds up to {ON_A_SHEET} images; pass --output_dir")
     return count
+
+
+def check_fps(config: SampleConfig, suffix: str) -> None:
+    """Raise a UserError if files with this suffix cannot show `fps`."""
+    if config.fps is not None and suffix not in VIDEOS:
+        raise UserError(f"fps is {config.fps}, but {suffix} files do not move; leave it out")
+    if suffix == ".gif" and (config.fps or FPS) > FPS_OF_GIF:
+        raise UserError(f"fps is {config.fps}, but a GIF shows up to {FPS_OF_GIF}; choose a lower value or MP4")
 
 
 def check_files(config: SampleConfig) -> tuple[str, ...]:
@@ -83,6 +97,7 @@ def check_files(config: SampleConfig) -> tuple[str, ...]:
             raise UserError(f"output {config.output} exists; choose another name or pass --overwrite")
         if config.output.suffix not in (".png", *VIDEOS):
             raise UserError(f"output is {config.output}; expected a file name that ends in .png, .gif or .mp4")
+        check_writable(config.output)
     if config.output_dir is not None:
         check_folder(config.output_dir, config.overwrite)
     for name in filter(None, (config.negative, config.positive)):
@@ -122,6 +137,7 @@ def main(config: SampleConfig) -> None:
     usual = (10 if config.is_sweep else 80) if source.is_demo else 1 if is_video else 4
     count = image_count(config, prompts, usual)
     output = output_file(config, is_video) if config.output_dir is None else output_folder(config, is_video)
+    check_fps(config, output.suffix)
     for name in filter(None, (config.negative, config.positive)):
         check_negative(name, source)
 

@@ -250,6 +250,8 @@ def test_a_file_takes_its_place_whole_or_not_at_all(tmp_path):
         ("unconditional", ["--alpha", 0.5], "alpha is 0.5, but it only applies to a positive model; pass --positive"),
         ("unconditional", ["--alpha", -1, "--positive", "x"], "alpha is -1.0; expected a value from 0 to 1"),
         ("unconditional", ["--fps", 0], "fps is 0; expected a value from 1 to 60"),
+        ("unconditional", ["--fps", 9], "fps is 9, but .png files do not move; leave it out"),
+        ("cogvideox", ["--fps", 60], "fps is 60, but a GIF shows up to 50; choose a lower value or MP4"),
         ("unconditional", ["--num_images", 0], "num_images is 0; expected a value from 1"),
         ("unconditional", ["--output", "x.gif"], "ends in .png, because the model makes images"),
         ("unconditional", ["--output", "."], "output is .; expected a file name that ends in .png"),

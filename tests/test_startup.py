@@ -89,6 +89,20 @@ def test_help_needs_no_pytorch(command):
         (("train", "--config", "bad.yaml"), "bad.yaml could not be read as YAML: expected"),
         (("train", "--lora_name_or_path", "../no/lora"), "../no/lora does not exist; expected a diffusers folder"),
         (("train", "--model", "full", "--lora_name_or_path", "run/negative", "--lora_scale", "0"), "LoRA would do nothing"),
+        (("sample", "--negative="), "negative is empty; expected a name or a path"),
+        (("sample", "--prompt", "a\udcff"), r"'a\udcff' is not UTF-8; expected UTF-8"),
+        (("sample", "--negative", "prompts.txt"), "prompts.txt is not a .safetensors file"),
+        (("sample", "--negative", DEMO_FOLDER, "--output", "/proc/x.png"), "output /proc/x.png cannot be written"),
+        (("sample", "--negative", DEMO_FOLDER, "--output", f"{'x' * 250}.png"), "cannot be written: File name too long"),
+        (("sample", "--num_inference_steps", "0"), "num_inference_steps is 0; expected a value from 1"),
+        (("sample", "--beta", "1e300", "--force"), "beta is 1e+300; expected a finite number below 1,000,000"),
+        (("merge", "--extrapolate", "1e300"), "extrapolate is 1e+300; expected a finite number above 0 and below"),
+        (("merge", "--negative", "run", "--output_dir", "run/negative"), "lies in run, which the result would change"),
+        (("train", "--output_dir", "x" * 300), "could not be written: File name too long"),
+        (("train", "--lora_alpha", "inf", "--rank", "2"), "lora_alpha is inf; expected a positive number"),
+        (("train", "--max_relative_delta", "inf"), "max_relative_delta is inf; expected a positive number"),
+        (("train", "--output_dir", "run", "--overwrite", "--model", "run/negative"), "would replace run/negative, which"),
+        (("evaluate", "--arms", "self-npo", "self-npo"), "arms is self-npo self-npo; expected different arms"),
         (("sample", "--negative", "demo"), "demo is the embedded model"),
         (("sample", "--model", "full"), "runs/demo/negative does not exist"),
         (("train", "--num_rollout_steps", "3"), "num_rollout_steps is 3, but only --rollout data uses it"),
@@ -159,3 +173,15 @@ def test_modules_answer_as_the_command_does():
 def test_the_denoisers_that_are_known_are_those_of_the_families():
     found = {name for each in FAMILIES for name in (each.denoiser_class.__name__, *each.former_class_names)}
     assert sorted(found) == sorted(DENOISERS)
+
+
+@pytest.mark.parametrize(
+    ("pipe", "code", "sentence"),
+    [("| true", 141, ""), (">/dev/full", 2, "error: the output could not be written: No space left"), (">&-", 0, "")],
+)
+def test_output_that_cannot_be_written(pipe, code, sentence):
+    command = f"{sys.executable} -m selfnpo train --help {pipe}; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert int(done.stdout.splitlines()[-1]) == code
+    assert done.stderr.startswith(sentence)
+    assert len(done.stderr.splitlines()) == bool(sentence)

@@ -55,6 +55,8 @@ def check(config: EvaluateConfig) -> None:
         raise UserError(f"num_samples is {config.num_samples}; expected a value from 200 to 100000")
     if not config.guidance_scales or not all(1 < scale <= 100 for scale in config.guidance_scales):
         raise UserError(f"guidance_scales is {config.guidance_scales}; expected values above 1 and up to 100, such as 2 3")
+    if config.arms is not None and len(set(config.arms)) < len(config.arms):
+        raise UserError(f"arms is {' '.join(config.arms)}; expected different arms")
     if config.negative is None and config.arms is not None and SELF_NPO not in config.arms:
         raise UserError(
             f"arms is {config.arms}; expected self-npo among them, because the table compares it with the others"

@@ -62,8 +62,7 @@ def check_exists(name: str, options: ModelOptions) -> None:
         similar = difflib.get_close_matches(path.name, [each.name for each in path.parent.iterdir()], n=1)
         if similar:
             raise UserError(f"{name} was not found locally or on the hub; did you mean {path.parent / similar[0]}?")
-    if not path.is_file():
-        find(name, "config.json", options)
+    find(name, "config.json", options)
 
 
 def offline(options: ModelOptions) -> bool:

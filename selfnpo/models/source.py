@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -82,6 +83,8 @@ class Source:
         This is done before `_find_family`, which imports diffusers and takes seconds.
         """
         options = self.options
+        if not math.isfinite(options.lora_scale):
+            raise UserError(f"lora_scale is {options.lora_scale}; expected a finite number")
         if self.is_demo:
             sizes = fields(SampleOptions) if isinstance(options, SampleOptions) else ()
             for name in (*ONLY_OWN, *(field.name for field in sizes)):

@@ -13,7 +13,7 @@ from selfnpo.config import preset_config
 from selfnpo.mixing import same_weights
 from selfnpo.models import PretrainedModel, load_negative
 from selfnpo.options import ModelOptions, SampleOptions, changed
-from selfnpo.sampling.config import VIDEOS, SampleConfig
+from selfnpo.sampling.config import FPS, VIDEOS, SampleConfig
 from selfnpo.sampling.ddim import plain_guidance, title
 from selfnpo.sampling.decode import decode_frames, decode_samples, open_vae
 from selfnpo.sampling.folder import SampleFolder, folder_names
@@ -72,7 +72,7 @@ class Comparison:
         titles = [title(self._plain_name, plain.guidance_scale), title(negatives[0], guided.guidance_scale)]
         if path.suffix in VIDEOS:
             videos = [[to_bytes(frames) for frames in decode_frames(base, latents[each], vae)] for each in (plain, guided)]
-            save_video(path, titles, videos, config.fps, labels, png_text(settings)["selfnpo"])
+            save_video(path, titles, videos, config.fps or FPS, labels, png_text(settings)["selfnpo"])
             return
         images = {method: decode_samples(base, samples, vae) for method, samples in latents.items()}
         frames = len(images[plain]) // len(self.prompts)
@@ -100,7 +100,7 @@ class Comparison:
         for method, numbers, latents in self.samples():
             for number, frames in zip(numbers, decode_frames(self.base, latents, vae), strict=True):
                 settings = {"prompt": self.prompts[number]} | self.settings(method)
-                folder.save(names[method], number, frames, settings, self.config.fps)
+                folder.save(names[method], number, frames, settings, self.config.fps or FPS)
         folders = ", ".join(f"{name}/" for name in names.values())
         print(f"written to {folder.folder}: {len(self.prompts)} samples in each of {folders}")
 

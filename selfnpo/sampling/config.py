@@ -11,6 +11,7 @@ from selfnpo.options import NONE, MixOptions, ModelOptions, Precision, SampleOpt
 
 RECORD = "samples.json"  # marks a folder that contains single samples
 VIDEOS = (".gif", ".mp4")
+FPS, FPS_OF_GIF = 8, 50  # of a video by default; the most that viewers of GIFs show
 ON_A_SHEET = 1000  # maximum number of images per method on a contact sheet
 
 
@@ -39,8 +40,8 @@ class SampleConfig(MixOptions, SampleOptions, ModelOptions):
     """DDIM steps."""
     seed: int = 0
     """Seed of the noise. Image number i always starts from the noise of (seed, i)."""
-    fps: int = 8
-    """Frames per second of a video."""
+    fps: int | None = None
+    """Frames per second of a video; 8 by default."""
     output: Path | None = None
     """Contact sheet to write: .png, or .gif or .mp4 for videos. By default samples.png (samples.gif for videos); if that
     exists, samples-2.png and so on."""
@@ -62,6 +63,7 @@ def check(config: SampleConfig) -> None:
         ("num_images", 1, most),
         ("batch_size", 1, 10_000),
         ("seed", 0, 2**63 - 1),
+        ("num_inference_steps", 1, 1000),
         ("fps", 1, 60),
     ):
         value = getattr(config, name)

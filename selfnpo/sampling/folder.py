@@ -33,9 +33,14 @@ def folder_names(methods: Iterable[Method], has_positive: bool) -> dict[Method, 
             continue
         found[method] = "cfg" if method.beta is None else "negative"
         if is_sweep:
-            beta = "" if method.beta is None else f"_beta-{method.beta:g}"
-            found[method] += f"_scale-{method.guidance_scale:g}{beta}"
+            beta = "" if method.beta is None else f"_beta-{_number(method.beta)}"
+            found[method] += f"_scale-{_number(method.guidance_scale)}{beta}"
     return found
+
+
+def _number(value: float) -> str:
+    """3 for 3.0; different values never look the same."""
+    return repr(float(value)).removesuffix(".0")
 
 
 @dataclass(frozen=True)

@@ -149,4 +149,6 @@ def test_names_of_folders():
     methods = [Method(3.0), Method(3.0, 0.5), Method(3.0, 1.0)]
     names = {Method(3.0): "cfg_scale-3", methods[1]: "negative_scale-3_beta-0.5", methods[2]: "negative_scale-3_beta-1"}
     assert folder.folder_names(methods, False) == names
+    alike = [Method(7.5, 0.1234561), Method(7.5, 0.1234562), Method(7.5000001, 0.5)]
+    assert len({*folder.folder_names(alike, False).values()}) == 3
     assert list(folder.folder_names([Method(1.0), Method(2.0, 1.0)], True).values()) == ["positive", "negative"]
