@@ -52,8 +52,10 @@ def _check_text(config_type: type, args: Sequence[str]) -> None:
     for word in args:
         if not word.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in word):
             raise UserError(f"the argument {word!a} is not UTF-8; expected UTF-8 (PYTHONUTF8=1 reads it in any locale)")
-    for name, hint in get_type_hints(config_type).items():
-        if {str, Path} & {hint, *get_args(hint)} and get_origin(hint) is not tuple and "" in _values_of([name], args):
+    hints = get_type_hints(config_type)
+    for name, names in _names(config_type).items():
+        hint = hints[name]
+        if {str, Path} & {hint, *get_args(hint)} and get_origin(hint) is not tuple and "" in _values_of(names, args):
             raise UserError(f"{name} is empty; expected a name or a path, or leave it out")
 
 
@@ -107,20 +109,20 @@ def _expected(hint: Any) -> str:
     return {int: "a whole number", float: "a number", Path: "a path"}.get(hint, "a value")
 
 
-def _flags(config_type: type) -> list[str]:
-    """Every flag of a command, with its other names, without dashes."""
-    found = []
+def _names(config_type: type) -> dict[str, list[str]]:
+    """Every field of a command, with all names of its flag, without dashes."""
+    found = {}
     for name, hint in get_type_hints(config_type, include_extras=True).items():
         aliases = [alias for each in getattr(hint, "__metadata__", ()) for alias in getattr(each, "aliases", None) or ()]
-        found += [name, *(alias.removeprefix("--") for alias in aliases)]
-        found += [f"no_{name}"] if hint is bool or bool in get_args(hint)[:1] else []
+        found[name] = [name, *(alias.removeprefix("--") for alias in aliases)]
+        found[name] += [f"no_{name}"] if hint is bool or bool in get_args(hint)[:1] else []
     return found
 
 
 def _unknown(word: str, config_type: type) -> str:
     if not word.startswith("-"):
         return f"unexpected argument '{word}'; expected flags and their values (--help lists them)"
-    name, flags = word.split("=")[0], _flags(config_type)
+    name, flags = word.split("=")[0], [flag for names in _names(config_type).values() for flag in names]
     typed = name.lstrip("-").replace("-", "_")
     similar = [flag for flag in flags if flag.startswith(typed)] or difflib.get_close_matches(typed, flags, n=1)
     return nearest(f"unknown flag {name}", [f"--{each}" for each in similar], "--help lists all flags")
@@ -171,7 +173,7 @@ def run(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.errno not in FULL_OR_UNNAMEABLE:
             raise
-        print(f"error: {error.filename or 'the output'} could not be written: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or 'the output'} cannot be opened or written: {error.strerror}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted; nothing more was written", file=sys.stderr)

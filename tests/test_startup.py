@@ -89,6 +89,7 @@ def test_help_needs_no_pytorch(command):
         (("train", "--config", "bad.yaml"), "bad.yaml could not be read as YAML: expected"),
         (("train", "--lora_name_or_path", "../no/lora"), "../no/lora does not exist; expected a diffusers folder"),
         (("train", "--model", "full", "--lora_name_or_path", "run/negative", "--lora_scale", "0"), "LoRA would do nothing"),
+        (("sample", "--model="), "pretrained_model_name_or_path is empty; expected a name or a path"),
         (("sample", "--negative="), "negative is empty; expected a name or a path"),
         (("sample", "--prompt", "a\udcff"), r"'a\udcff' is not UTF-8; expected UTF-8"),
         (("sample", "--negative", "prompts.txt"), "prompts.txt is not a .safetensors file"),
@@ -98,7 +99,7 @@ def test_help_needs_no_pytorch(command):
         (("sample", "--beta", "1e300", "--force"), "beta is 1e+300; expected a finite number below 1,000,000"),
         (("merge", "--extrapolate", "1e300"), "extrapolate is 1e+300; expected a finite number above 0 and below"),
         (("merge", "--negative", "run", "--output_dir", "run/negative"), "lies in run, which the result would change"),
-        (("train", "--output_dir", "x" * 300), "could not be written: File name too long"),
+        (("train", "--output_dir", "x" * 300), "cannot be opened or written: File name too long"),
         (("train", "--lora_alpha", "inf", "--rank", "2"), "lora_alpha is inf; expected a positive number"),
         (("train", "--max_relative_delta", "inf"), "max_relative_delta is inf; expected a positive number"),
         (("train", "--output_dir", "run", "--overwrite", "--model", "run/negative"), "would replace run/negative, which"),
@@ -177,7 +178,7 @@ def test_the_denoisers_that_are_known_are_those_of_the_families():
 
 @pytest.mark.parametrize(
     ("pipe", "code", "sentence"),
-    [("| true", 141, ""), (">/dev/full", 2, "error: the output could not be written: No space left"), (">&-", 0, "")],
+    [("| true", 141, ""), (">/dev/full", 2, "error: the output cannot be opened or written: No space left"), (">&-", 0, "")],
 )
 def test_output_that_cannot_be_written(pipe, code, sentence):
     command = f"{sys.executable} -m selfnpo train --help {pipe}; echo ${{PIPESTATUS[0]}}"

@@ -14,7 +14,7 @@ from torch import nn
 from selfnpo.errors import UserError, first_line
 from selfnpo.models.family import Config
 from selfnpo.models.foreign import silent
-from selfnpo.models.origin import SINGLE_FILE, find, refuse_unsafe, weight_variants, why_not_loaded
+from selfnpo.models.origin import SINGLE_FILE, find, refuse_unsafe, variants_of, weight_variants, why_not_loaded
 from selfnpo.options import ModelOptions
 from selfnpo.progress import lasting
 
@@ -52,7 +52,7 @@ def load_denoiser(
         whole = "DiffusionPipeline" if origin == layout else kind.__name__
         why = None
         if isinstance(origin, str):
-            check_headers(Path(origin) / subfolder)
+            check_headers(Path(origin) / subfolder, options.variant)
             why = why_not_loaded(origin, subfolder, options, whole)
         told = f"{origin} could not be loaded as a {kind.__name__} from safetensors: {reason(error)}"
         raise UserError(why or told) from error
@@ -140,7 +140,7 @@ def check_replacement(
                 why_not_loaded(name, subfolder, options, kind.__name__)
                 or f"{name} contains no weights; expected {kind.__name__} weights in a *{SINGLE_FILE} file next to {where}"
             )
-        check_headers(Path(name) / subfolder)
+        check_headers(Path(name) / subfolder, options.variant)
         model = empty_denoiser(kind, config)
     check_same_architecture(name, expected, shapes_of(model))
 
@@ -167,10 +167,11 @@ def _locate(
     return name, subfolder, options
 
 
-def check_headers(folder: Path) -> None:
+def check_headers(folder: Path, variant: str | None) -> None:
     """Raise a UserError that names a damaged safetensors file; diffusers' own message does not."""
     for file in folder.glob(f"*{SINGLE_FILE}"):
-        _headers(file)
+        if variants_of([file.name]) == {variant}:
+            _headers(file)
 
 
 def _headers(file: Path) -> dict[str, torch.Tensor]:

@@ -105,10 +105,10 @@ def refuse_unsafe(name: str) -> None:
 
 def weight_variants(origin: str, subfolder: str, options: ModelOptions) -> set[str | None]:
     """The variants that exist of a model part in safetensors; None stands for weights without a variant."""
-    return _variants(_files(origin, subfolder, options))
+    return variants_of(_files(origin, subfolder, options))
 
 
-def _variants(names: list[str]) -> set[str | None]:
+def variants_of(names: list[str]) -> set[str | None]:
     """fp16 for diffusion_pytorch_model.fp16-00001-of-00002.safetensors, None for diffusion_pytorch_model.safetensors."""
     words = [name.removesuffix(SINGLE_FILE).split(".") for name in names if name.endswith(SINGLE_FILE)]
     return {each[1].split("-")[0] if len(each) > 1 else None for each in words}
@@ -121,7 +121,7 @@ def why_not_loaded(origin: str, subfolder: str, options: ModelOptions, converter
         converter: the diffusers class that opens `origin` and saves it as safetensors.
     """
     names, where = _files(origin, subfolder, options), f"{origin}/{subfolder}".rstrip("/")
-    found = _variants(names)
+    found = variants_of(names)
     if found and options.variant not in found:
         wanted = "without a variant" if options.variant is None else f"for the variant {options.variant}"
         fix = "leave --variant out" if None in found else f"pass --variant {min(found)}"

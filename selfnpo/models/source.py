@@ -193,7 +193,7 @@ class Source:
         """Raise a UserError early if the VAE's weights are missing or damaged. Those on the hub are trusted."""
         from selfnpo.models.denoiser import check_headers
 
-        check_headers(Path(self.layout) / "vae")
+        check_headers(Path(self.layout) / "vae", self.options.variant)
         is_here = self.file is None and (Path(self.layout).is_dir() or offline(self.options))
         if is_here and self.has_vae and not weight_variants(self.layout, "vae", self.options):
             why = why_not_loaded(self.layout, "vae", self.options, "DiffusionPipeline")
@@ -285,7 +285,7 @@ class Source:
         except Exception as error:  # as above
             parts = wanted if self.file is None else ()
             for name in parts:
-                check_headers(Path(self.layout) / name)
+                check_headers(Path(self.layout) / name, options.variant)
             why = (why_not_loaded(self.layout, name, options, "DiffusionPipeline") for name in parts)
             told = f"{', '.join(wanted)} of {self.name} could not be loaded from safetensors: {reason(error)}"
             raise UserError(next(filter(None, why), told)) from error
