@@ -168,7 +168,6 @@ def run(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it exits
         code = 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in FULL_OR_UNNAMEABLE:
@@ -178,6 +177,10 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; nothing more was written", file=sys.stderr)
         code = 128 + signal.SIGINT
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python tries once more when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 

@@ -9,7 +9,7 @@ from selfnpo.cli import parse, run
 from selfnpo.errors import UserError
 from selfnpo.models import Source
 from selfnpo.models.origin import check_exists
-from selfnpo.options import LARGEST, MixOptions, ModelOptions
+from selfnpo.options import DEMO, LARGEST, MixOptions, ModelOptions
 from selfnpo.output import check_output
 
 # The files of a model, as diffusers names them.
@@ -44,7 +44,7 @@ def check(config: MergeConfig) -> None:
     config.check_shares([config.beta])
     folder = config.output_dir
     for name in map(str, filter(None, (config.pretrained_model_name_or_path, config.negative, config.positive))):
-        if folder.is_dir() and folder.resolve().is_relative_to(Path(name).resolve()):
+        if name != DEMO and folder.is_dir() and folder.resolve().is_relative_to(Path(name).resolve()):
             raise UserError(f"output_dir {folder} lies in {name}, which the result would change; choose another folder")
     check_output(folder, config.overwrite)
     others = sorted(path.name for path in folder.glob("*") if not any(map(path.match, RESULTS)))
