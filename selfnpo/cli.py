@@ -50,8 +50,11 @@ def parse(config_type: type[Config], args: Sequence[str] | None = None, default:
 def _check_text(config_type: type, args: Sequence[str]) -> None:
     """Raise a UserError for text that is not UTF-8, and for empty names and paths."""
     for word in args:
-        if not word.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in word):
-            raise UserError(f"the argument {word!a} is not UTF-8; expected UTF-8 (PYTHONUTF8=1 reads it in any locale)")
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            why = f"the argument {word!a} is not UTF-8; expected UTF-8 (PYTHONUTF8=1 reads it in any locale)"
+            raise UserError(why) from None
     hints = get_type_hints(config_type)
     for name, names in _names(config_type).items():
         hint = hints[name]

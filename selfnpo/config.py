@@ -19,6 +19,7 @@ from selfnpo.cli import as_flags, parse
 from selfnpo.errors import UserError, first_line
 from selfnpo.models.source import Source
 from selfnpo.options import DEMO, NONE, ModelOptions, Precision, SampleOptions
+from selfnpo.output import check_kept
 
 
 def _preset_arg(*aliases: str) -> object:
@@ -284,9 +285,8 @@ def check(config: TrainConfig) -> TrainConfig:
         )
     if config.max_relative_delta is not None and not 0 < config.max_relative_delta < math.inf:
         raise UserError(f"max_relative_delta is {config.max_relative_delta}; expected a positive number, such as 0.05")
-    for name in filter(None, (config.pretrained_model_name_or_path, config.denoiser_name_or_path, config.lora_name_or_path)):
-        if config.overwrite and Path(name).resolve().is_relative_to((config.output_dir / "negative").resolve()):
-            raise UserError(f"--overwrite would replace {name}, which this run starts from; choose another output_dir")
+    if config.overwrite:
+        check_kept(config.output_dir / "negative", config.sources)
     if config.report_to != "none" and not _is_installed(config.report_to):
         raise UserError(
             f"report_to is {config.report_to}, which is not installed; run pip install 'selfnpo[{config.report_to}]'"

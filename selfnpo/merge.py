@@ -9,8 +9,8 @@ from selfnpo.cli import parse, run
 from selfnpo.errors import UserError
 from selfnpo.models import Source
 from selfnpo.models.origin import check_exists
-from selfnpo.options import DEMO, LARGEST, MixOptions, ModelOptions
-from selfnpo.output import check_output
+from selfnpo.options import LARGEST, MixOptions, ModelOptions
+from selfnpo.output import check_kept, check_output
 
 # The files of a model, as diffusers names them.
 RESULTS = ("config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.safetensors.index.json")
@@ -43,9 +43,7 @@ def check(config: MergeConfig) -> None:
             raise UserError("extrapolate writes theta - k delta and nothing else; leave out --positive, --alpha and --beta")
     config.check_shares([config.beta])
     folder = config.output_dir
-    for name in map(str, filter(None, (config.pretrained_model_name_or_path, config.negative, config.positive))):
-        if name != DEMO and folder.is_dir() and folder.resolve().is_relative_to(Path(name).resolve()):
-            raise UserError(f"output_dir {folder} lies in {name}, which the result would change; choose another folder")
+    check_kept(folder, (*config.sources, config.negative, config.positive))
     check_output(folder, config.overwrite)
     others = sorted(path.name for path in folder.glob("*") if not any(map(path.match, RESULTS)))
     if others:

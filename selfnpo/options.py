@@ -45,6 +45,11 @@ class ModelOptions:
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the denoiser predicts, if the base's scheduler configuration is wrong."""
 
+    @property
+    def sources(self) -> tuple[str | None, ...]:
+        """The models that the base is made of."""
+        return self.pretrained_model_name_or_path, self.denoiser_name_or_path, self.lora_name_or_path
+
 
 @dataclass(frozen=True)
 class SampleOptions:

@@ -3,9 +3,11 @@
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from selfnpo.errors import UserError
+from selfnpo.options import DEMO
 
 # What a training run writes, apart from its checkpoints.
 RESULTS = (
@@ -54,6 +56,17 @@ def check_output(folder: Path, overwrite: bool, resume: str | None = "") -> None
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise _unwritable(folder, error) from error
+
+
+def check_kept(folder: Path, sources: Iterable[str | Path | None]) -> None:
+    """Raise a UserError if writing a model to `folder` would replace one of the models that the command reads."""
+    for name in sources:
+        if name in (None, DEMO) or not folder.is_dir():
+            continue
+        path = Path(name)
+        places = (path.parent,) if path.is_file() else (path, path / "unet", path / "transformer")
+        if any(place.is_dir() and place.samefile(folder) for place in places):
+            raise UserError(f"{folder} would be replaced, but this command reads {name}; choose another output_dir")
 
 
 def prepare_output(folder: Path, results: tuple[str, ...], overwrite: bool, resume: str | None = "") -> None:

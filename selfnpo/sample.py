@@ -13,7 +13,7 @@ from selfnpo.models import Source
 from selfnpo.models.origin import check_exists
 from selfnpo.options import NONE
 from selfnpo.output import check_output
-from selfnpo.sampling.config import FPS, FPS_OF_GIF, ON_A_SHEET, RECORD, VIDEOS, SampleConfig, check
+from selfnpo.sampling.config import FPS_OF_GIF, ON_A_SHEET, RECORD, VIDEOS, SampleConfig, check
 
 if TYPE_CHECKING:
     from selfnpo.sampling.folder import SampleFolder
@@ -23,7 +23,7 @@ def output_file(config: SampleConfig, is_video: bool) -> Path:
     """The path of the contact sheet; its suffix decides the format.
 
     Raises:
-        UserError: it cannot be written, or the format does not suit the samples.
+        UserError: the format does not suit the samples, or its package is missing.
     """
     from selfnpo.sampling.video import check_video
 
@@ -36,10 +36,7 @@ def output_file(config: SampleConfig, is_video: bool) -> Path:
         why = "a sweep is written as one picture" if is_video else "the model makes images"
         expected = ".png, .gif or .mp4" if movable else f".png, because {why}"
         raise UserError(f"output is {output}; expected a file name that ends in {expected}")
-    if output.is_dir():
-        raise UserError(f"output {output} is a folder; choose another name")
     check_video(output)
-    check_writable(output)
     return output
 
 
@@ -79,9 +76,11 @@ def image_count(config: SampleConfig, prompts: Sequence[str], usual: int) -> int
 
 def check_fps(config: SampleConfig, suffix: str) -> None:
     """Raise a UserError if files with this suffix cannot show `fps`."""
-    if config.fps is not None and suffix not in VIDEOS:
+    if config.fps is None:
+        return
+    if suffix not in VIDEOS:
         raise UserError(f"fps is {config.fps}, but {suffix} files do not move; leave it out")
-    if suffix == ".gif" and (config.fps or FPS) > FPS_OF_GIF:
+    if suffix == ".gif" and config.fps > FPS_OF_GIF:
         raise UserError(f"fps is {config.fps}, but a GIF shows up to {FPS_OF_GIF}; choose a lower value or MP4")
 
 
@@ -97,9 +96,12 @@ def check_files(config: SampleConfig) -> tuple[str, ...]:
             raise UserError(f"output {config.output} exists; choose another name or pass --overwrite")
         if config.output.suffix not in (".png", *VIDEOS):
             raise UserError(f"output is {config.output}; expected a file name that ends in .png, .gif or .mp4")
-        check_writable(config.output)
+        if config.output.is_dir():
+            raise UserError(f"output {config.output} is a folder; choose another name")
     if config.output_dir is not None:
         check_folder(config.output_dir, config.overwrite)
+    else:
+        check_writable(config.output or Path("samples.png"))
     for name in filter(None, (config.negative, config.positive)):
         check_exists(str(name), config)
     return prompts

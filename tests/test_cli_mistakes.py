@@ -162,3 +162,10 @@ def test_a_backend_that_cannot_run_is_said_before_anything_is_written(name, sent
     assert sentence in error
     assert "unset SELFNPO_BACKEND" in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["sample", "merge"])
+def test_the_default_negative_is_named_for_other_models(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(command, "--model", tmp_path) == 2
+    assert capsys.readouterr().out == "no negative was given with --negative, so this takes runs/demo/negative\n"

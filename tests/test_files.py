@@ -1,4 +1,4 @@
-"""What is written follows the umask, also what a library would keep for its owner."""
+"""What is written is there whole or not at all, and follows the umask, also what a library would keep for its owner."""
 
 import os
 import stat
@@ -59,3 +59,18 @@ def test_all_that_the_commands_write(models, tmp_path, umask):
         name: oct(mode) for name, mode in found.items() if mode != (0o777 if (tmp_path / name).is_dir() else 0o666) & ~umask
     }
     assert wrong == {}
+
+
+def test_a_file_takes_its_place_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "video.gif"
+    target.write_text("before")
+
+    def write():
+        with committed_file(target) as partial:
+            assert partial.suffix == ".gif"
+            partial.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write()
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 import tiny
 from commands import call
 from fine_tunes import WEIGHTS, fine_tune, save_both_loras
-from selfnpo.models import DEMO_FOLDER
+from selfnpo.errors import UserError
+from selfnpo.models import DEMO, DEMO_FOLDER
+from selfnpo.output import check_kept
 
 
 @pytest.fixture
@@ -108,3 +110,14 @@ def test_folders_that_hold_something(models, tmp_path, refused, merged, monkeypa
     assert sorted(path.name for path in out.iterdir()) == ["config.json", WEIGHTS]
     shutil.move(out, tmp_path / "merged")
     assert json.loads((merged(base, negative) / "config.json").read_text())["_class_name"] == "UNet2DConditionModel"
+
+
+def test_only_the_folders_that_are_read_are_kept(tmp_path):
+    for name in ("unet", "merged", "lora"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "lora" / "a.safetensors").touch()
+    sources = (tmp_path, None, DEMO, tmp_path / "lora" / "a.safetensors", "nobody/nothing")
+    check_kept(tmp_path / "merged", sources)  # beside the parts of a model
+    for name in (".", "unet", "lora"):
+        with pytest.raises(UserError, match="would be replaced, but this command reads"):
+            check_kept(tmp_path / name, sources)

@@ -15,13 +15,12 @@ from PIL import Image
 from commands import call
 from fine_tunes import fine_tune
 from runs import FAMILIES, settings, start
-from selfnpo.files import committed_file
 from selfnpo.models import ModelOptions, load_pretrained
 from selfnpo.sampling import sweep
 from selfnpo.sampling.ddim import ddim_sample, start_noise
-from selfnpo.sampling.decode import decode_frames, decode_samples
-from selfnpo.sampling.video import save_video
+from selfnpo.sampling.decode import decode_samples
 from selfnpo.training.validation import save_grid
+from videos import read_video
 
 PROMPTS = {"class_conditional": ("3", "0"), "unconditional": ()}
 STEPS = 5
@@ -166,18 +165,15 @@ def test_every_prompt_is_shown(sample, shown):
     assert all(len(images) == 6 for images in shown.values())
 
 
-def test_all_frames_of_a_video_are_decoded(models):
-    base = load_pretrained(ModelOptions(str(models("cogvideox"))))
-    samples = start_noise(base, 2, 0)
-    videos = [*decode_frames(base, samples)]
-    assert [video.shape for video in videos] == [(9, 3, 64, 64)] * 2
-    assert decode_samples(base, samples).equal(torch.cat([video[[0, 2, 5, 8]] for video in videos]))
+def test_prompts_that_are_left_over_are_told(sample, capsys):
+    assert sample("class_conditional", "--prompt", 1, 2, 3, "--num_images", 2) == 0
+    assert "note: num_images is 2, so not all 3 prompts are used" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".mp4"])
 def test_videos_lie_side_by_side(sample, tmp_path, suffix):
     assert sample("cogvideox", "--output", f"video{suffix}", "--fps", 5) == 0
-    size, frames, seconds = read(tmp_path / f"video{suffix}")
+    size, frames, seconds = read_video(tmp_path / f"video{suffix}")
     assert size[0] == 2 * 256 + 4  # a video and a video, enlarged, of two prompts
     assert size[1] > 2 * 256 + 4
     assert len(frames) == 9
@@ -186,54 +182,6 @@ def test_videos_lie_side_by_side(sample, tmp_path, suffix):
     assert np.abs(plain[:, :, 2:] - guided[:, :, :256]).mean() > 1
     assert np.abs(np.diff(plain, axis=0)).mean(axis=(1, 2, 3)).min() > 1  # it moves
     assert [path.name for path in tmp_path.iterdir()] == [f"video{suffix}"]
-
-
-def read(path):
-    """(width, height), frames `[n, H, W, 3]` and duration in seconds."""
-    if path.suffix == ".gif":
-        with Image.open(path) as gif:
-            frames, duration = [], 0
-            for number in range(gif.n_frames):
-                gif.seek(number)
-                frames.append(np.asarray(gif.convert("RGB")))
-                duration += gif.info["duration"]
-            return gif.size, np.stack(frames), duration / 1000
-    reader = imageio_ffmpeg.read_frames(str(path))
-    about = next(reader)
-    size = about["size"]
-    frames = np.stack([np.frombuffer(frame, np.uint8).reshape(size[1], size[0], 3) for frame in reader])
-    return size, frames, len(frames) / about["fps"]
-
-
-@pytest.mark.parametrize("suffix", [".gif", ".mp4"])
-def test_every_frame_is_where_and_when_it_should_be(tmp_path, suffix):
-    """Two panels of two videos each, of which every frame is one color; sizes are odd."""
-    colors = torch.randint(0, 256, (2, 2, 3, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    panels = [[video[:, None, None].expand(3, 101, 301, 3) for video in panel] for panel in colors]
-    save_video(tmp_path / f"video{suffix}", ["left", "right"], panels, 4)
-    size, frames, _ = read(tmp_path / f"video{suffix}")
-    assert size == (2 * 301 + 4, size[1])
-    assert not any(side % 2 for side in size)
-    assert frames[:, :30].min() < 100  # titles
-    for column in range(2):
-        for row in range(2):
-            middle = frames[:, -155 + 105 * row, 150 + 305 * column]
-            assert np.abs(middle.astype(int) - colors[column, row].numpy()).max() < 12
-
-
-def test_a_file_takes_its_place_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "video.gif"
-    target.write_text("before")
-
-    def write():
-        with committed_file(target) as partial:
-            assert partial.suffix == ".gif"
-            partial.write_text("half")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        write()
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
 @pytest.mark.parametrize(
@@ -258,7 +206,6 @@ def test_a_file_takes_its_place_whole_or_not_at_all(tmp_path):
         ("unconditional", ["--output", "/proc/x.png"], "output /proc/x.png cannot be written"),
         ("unconditional", ["--positive", "nowhere"], "nowhere was not found locally or on the hub"),
         ("unconditional", ["--num_images", 1001], "from 1 to 1000; pass --output_dir for more"),
-        ("unconditional", ["--negative", "demo"], "demo is the embedded model, which only --pretrained_model"),
         ("class_conditional", ["--prompts", "p.txt"], "prompt and prompts are both given; leave one of the two out"),
         ("unconditional", ["--prompts", "p.txt"], "prompts p.txt could not be read: No such file or directory"),
         ("unconditional", ["--output", "x.png", "--output_dir", "x"], "output and output_dir are both given"),

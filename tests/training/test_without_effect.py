@@ -10,7 +10,7 @@ from commands import call
 from selfnpo.config import PRESETS, TrainConfig, preset_config, to_yaml
 from selfnpo.errors import UserError
 from selfnpo.models import FAMILIES, SampleOptions, Source
-from selfnpo.training.without_effect import RULES, check_effect
+from selfnpo.training.without_effect import AMONG_SETTINGS, RULES, check_effect
 
 DEMO, SD, XL, VIDEO, PLAIN, CLASSES = (
     "demo", "stable_diffusion", "stable_diffusion_xl", "cogvideox", "unconditional", "class_conditional",
@@ -150,6 +150,11 @@ def test_presets_and_the_files_of_their_runs_are_accepted(models, tmp_path, fami
         for other in PRESETS:  # a file beside another preset on the command line
             for known in (source, None):
                 check_effect(replace(config, preset=other, config=tmp_path / "config.yaml"), known)
+
+
+def test_what_is_checked_without_a_model_has_no_default_of_a_family():
+    of_families = {name for family in FAMILIES for preset in family.presets.values() for name in preset}
+    assert not of_families & {"rollout", "loss", *(name for rule in AMONG_SETTINGS for name in rule.names)}
 
 
 def test_a_flag_is_refused_before_anything_is_written(tmp_path, capsys):
